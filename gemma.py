@@ -196,7 +196,7 @@ class Gemma(nn.Module):
         mask       (B,T,S) bool, True = visible, BEFORE windowing: local layers add the window from the positions.
                    None: every earlier token of the row and the token itself
         edits      {layer: edit}; edit(h, where) -> h replaces the residual stream after that block
-        where      (B,T) bool, the tokens an edit may touch; None: all that are not padding
+        where      (B,T) bool, the tokens an edit may touch; None: all but BOS and padding
         cache      a Cache; keys and values of earlier calls are attended to, this call's are added
         """
         B, T, _ = h.shape
@@ -208,10 +208,10 @@ class Gemma(nn.Module):
         if mask is None:
             mask = (ago >= 0) & (seen >= 0)[:, None, :]
         if edits and where is None:
-            where = positions >= 0
+            where = steerable("text", positions)
         # Finite, not -inf: a row of padding has nothing to see and would turn into NaN.
         hidden = torch.finfo(h.dtype).min
-        bias = [torch.where(visible, 0.0, hidden).to(h.dtype) for visible in (mask & (ago < self.config.sliding_window), mask)]
+        bias = [h.new_zeros(visible.shape).masked_fill_(~visible, hidden) for visible in (mask & (ago < self.config.sliding_window), mask)]
         rope = rope_table(positions, self.config.head_dim, self.config.rope_theta, h.dtype)
         for i in range(start, stop):
             # even layers are local, odd ones global
@@ -223,10 +223,7 @@ class Gemma(nn.Module):
         return h
 
     def forward(self, ids, *, positions=None, mask=None, where=None, edits=None, cache=None):
-        """(B,T) ids -> (B,T,D) after the final norm; `logits` turns those into logits. Arguments as in `blocks`;
-        `where` defaults to every token but BOS and padding."""
-        if edits and where is None:
-            where = (ids != self.config.bos_token_id) & (ids != self.config.pad_token_id)
+        """(B,T) ids -> (B,T,D) after the final norm; `logits` turns those into logits. Arguments as in `blocks`."""
         h = self.blocks(self.embed(ids), 0, self.config.num_hidden_layers,
                         positions=positions, mask=mask, where=where, edits=edits, cache=cache)
         return self.norm(h)
@@ -272,14 +269,16 @@ def shared_positions(edits):
     return kinds.pop()
 
 
-def steerable(kind, *, bos, padding, predicts):
-    """Which tokens an edit may touch, from three (B,T) bool tensors; padding never.
+def steerable(kind, positions, predicts=None):
+    """Which tokens an edit may touch, (B,T) bool, from their positions: 0 is BOS, negative is padding, never touched.
 
-    "text": all but BOS, which Gemma Scope SAEs never saw · "all": BOS too ·
-    "response": those whose state predicts an answer token, the last prompt token included
+    "text": all but BOS. Gemma Scope SAEs never saw it, and its norm is ten times the others' ·
+    "response": those of the text whose state predicts an answer token (`predicts`), the last prompt token included ·
+    "all": BOS too
     """
-    text = ~padding & ~bos
-    return {"text": text, "response": text & predicts, "all": ~padding}[kind]
+    if kind == "response":
+        return (positions > 0) & predicts
+    return positions >= 0 if kind == "all" else positions > 0
 
 
 @torch.no_grad()
@@ -312,7 +311,7 @@ def generate(model, prompts, *, max_new_tokens, edits=None, temperature=0.0, see
             predicts = torch.ones_like(ids, dtype=torch.bool)
             if step == 0:
                 predicts[:, :-1] = False                                            # of a prompt, only the last token does
-            where = steerable(kind, bos=ids == model.config.bos_token_id, padding=positions < 0, predicts=predicts)
+            where = steerable(kind, positions, predicts)
             h = model(ids, positions=positions, where=where, edits=edits, cache=cache)[:, -1]
             logits = model.logits(h).double() if draws is not None else model.logits(h)
             if draws is None:
