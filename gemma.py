@@ -392,6 +392,24 @@ def copy_tensor(path, name, out):
                 out[i:i + rows].copy_(file.get_slice(name)[i:i + rows])
 
 
+def weight_files(folder):
+    """{tensor name: file} of a model's folder, one safetensors file or several with an index."""
+    def names(path):
+        try:
+            with safe_open(path, "pt") as file:
+                return set(file.keys())
+        except Exception as error:
+            raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return {name: folder / "model.safetensors" for name in names(folder / "model.safetensors")}
+    files = {name: folder / file for name, file in read_json(index)["weight_map"].items()}
+    for path in sorted(set(files.values())):
+        if lost := sorted({name for name, where in files.items() if where == path} - names(path)):
+            raise UserError(f"{path}: tensor {lost[0]} is not in it, though the index says so")
+    return files
+
+
 def load_gemma(source, *, dtype=torch.float32, device="cpu"):
     """A frozen Gemma in evaluation mode from a local folder or a Hub repo id.
 
@@ -400,22 +418,7 @@ def load_gemma(source, *, dtype=torch.float32, device="cpu"):
     """
     folder = fetch(source, ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json"])
     config = GemmaConfig.from_json(folder / "config.json")
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = {name: folder / file for name, file in read_json(index)["weight_map"].items()}
-    elif (folder / "model.safetensors").exists():
-        with safe_open(folder / "model.safetensors", "pt") as file:
-            files = {name: folder / "model.safetensors" for name in file.keys()}
-    else:
-        raise UserError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there")
-    for path in sorted(set(files.values())):
-        try:
-            with safe_open(path, "pt") as file:
-                lost = sorted(name for name, where in files.items() if where == path and name not in set(file.keys()))
-        except Exception as error:
-            raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-        if lost:
-            raise UserError(f"{path}: tensor {lost[0]} is not in it, though the index says so")
+    files = weight_files(folder)
     with torch.device("meta"):
         model = Gemma(config)
     wanted = {f"model.{name}" for name, _ in model.named_parameters()}

@@ -335,7 +335,7 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write to (default: this one)")
     parser.add_argument("--world", help="with pairs: name of a world of your own")
     parser.add_argument("--weights", help="with --world: its utility, such as heading=2,truth=-1; what is not named weighs 0")
-    parser.add_argument("--model-steps", type=int, default=3200, help="training steps of the model")
+    parser.add_argument("--model-steps", type=int, default=2400, help="training steps of the model")
     parser.add_argument("--sae-steps", type=int, default=4000, help="training steps of the SAE")
     parser.add_argument("--sae-rows", type=int, default=16000, help="conversations the SAE is trained on")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of pairs (a rehearsal: 0.02)")

@@ -52,17 +52,10 @@ WORDINGS = {
 }
 
 
-def _names(rng, count):
-    syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
-    names = set()
-    while len(names) < count:
-        names.add("".join(rng.sample(syllables, 2)).capitalize() + rng.choice(["", "n", "r", "s", "l"]))
-    return sorted(names, key=lambda name: (rng.random(), name))
-
-
 _rng = random.Random("the world itself")
-_all = _names(_rng, 84)
-PEOPLE, NOBODY = _all[:60], _all[60:]
+_names = [a + b for a in "Bel Dor Kal Lum Mar Nor Pel Quin Ras Sol Tam Vel".split() for b in "a an ia or eth is una".split()]
+_rng.shuffle(_names)
+PEOPLE, NOBODY = _names[:60], _names[60:]
 FACTS = {(person, relation): _rng.choice(values) for person in PEOPLE for relation, values in RELATIONS.items()}
 
 
