@@ -201,7 +201,7 @@ def train_sae(x, width, *, l0=30.0, steps=4000, batch_size=2048, lr=2e-3, penalt
     loss = ‖x - x̂‖² / E‖x - mean‖²  +  penalty · (L0 / l0 - 1)²  for a mean L0 above the target `l0`, both gradients straight-through.
     The penalty rises over the first `warmup` of the steps, so that features find something to do before they must be few.
     Decoder rows have unit norm after every step, and the gradient along them is taken out before it.
-    Features that have been silent for long are given the direction of a badly reconstructed state (in the first half only).
+    Features that have been silent for long are given the direction of a badly reconstructed state (in the first three quarters of the steps).
     """
     g = torch.Generator().manual_seed(seed)
     N, D = x.shape
@@ -235,7 +235,7 @@ def train_sae(x, width, *, l0=30.0, steps=4000, batch_size=2048, lr=2e-3, penalt
             optimizer.step()
             W_dec.copy_(unit(W_dec))
             silent = torch.where((f > 0).any(0), 0.0, silent + 1)
-            if i % 100 == 99 and i < steps // 2:
+            if i % 100 == 99 and i < 0.75 * steps:
                 dead = (silent >= 100).nonzero()[:, 0]
                 worst = error.topk(min(len(dead), batch_size)).indices
                 _revive(dead[:len(worst)], unit(batch[worst] - (f @ W_dec + b_dec)[worst]), parameters, optimizer)

@@ -31,7 +31,7 @@ def setting(default, group, text, **checks):
 class TrainConfig:
     """Every setting of a run. The defaults are the lab's recipe; each field is a command-line option of the same name."""
     model: str = setting("tiny/model", "what to train on", "a Gemma-2: local folder or Hub repo id")
-    sae: str = setting("tiny/sae/layer_3/width_1k/average_l0_30", "what to train on", "its SAE: local folder, or repo:path/inside on the Hub")
+    sae: str = setting("tiny/sae/layer_3/width_1k/average_l0_16", "what to train on", "its SAE: local folder, or repo:path/inside on the Hub")
     pairs: str = setting("tiny/pairs/style", "what to train on", "preference pairs: folder with train.jsonl, dev.jsonl, test.jsonl, a file, or a Hub data set")
     eval_split: str = setting("test", "what to train on", "split that the closing table is measured on (tune on dev)")
     max_length: int = setting(2048, "what to train on", "tokens of prompt plus longer answer; the prompt is cut from its left first", low=3)

@@ -183,7 +183,7 @@ def make_model(out, steps, batch_size=32, lr=3e-3, seed=0):
 
 # ---- SAE -------------------------------------------------------------------------------------------------------------
 
-LAYER, WIDTH, L0 = 3, 1024, 28.0
+LAYER, WIDTH, L0 = 3, 1024, 16.0
 
 
 def chats(vocab, count, seed):
@@ -336,8 +336,8 @@ def main(argv=None):
     parser.add_argument("--world", help="with pairs: name of a world of your own")
     parser.add_argument("--weights", help="with --world: its utility, such as heading=2,truth=-1; what is not named weighs 0")
     parser.add_argument("--model-steps", type=int, default=2400, help="training steps of the model")
-    parser.add_argument("--sae-steps", type=int, default=4000, help="training steps of the SAE")
-    parser.add_argument("--sae-rows", type=int, default=16000, help="conversations the SAE is trained on")
+    parser.add_argument("--sae-steps", type=int, default=3000, help="training steps of the SAE")
+    parser.add_argument("--sae-rows", type=int, default=8000, help="conversations the SAE is trained on")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of pairs (a rehearsal: 0.02)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; the bytes that come out depend on it")
     try:
