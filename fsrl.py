@@ -17,7 +17,6 @@ import argparse
 import importlib.util
 import inspect
 import json
-import os
 import shutil
 import sys
 import textwrap
@@ -29,7 +28,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from gemma import UserError, decode, encode_prompt, generate, load_gemma, load_tokenizer, read_json
+from gemma import UserError, atomically, choose_device, decode, encode_prompt, generate, load_gemma, load_tokenizer, read_json
 from sae import jumprelu, load_sae
 
 ACTIVATIONS, FUSIONS, POSITIONS = ("soft", "relu", "jumprelu"), ("additive", "relu"), ("text", "response", "all")
@@ -77,6 +76,11 @@ class Adapter(nn.Module):
             self.soft_threshold.clamp_(min=0)
 
 
+def master_dtype(dtype):
+    """The adapter's own: float32, also beside bf16 weights, where steps of lr would be rounded away."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 class Steering:
     """An edit (see gemma.Gemma.blocks) that adds the adapter's steering after block `sae.layer`.
 
@@ -104,7 +108,8 @@ class Steering:
         """The effective steering at some tokens.  x (N,D) -> (N,F)"""
         half = x.dtype in (torch.bfloat16, torch.float16)       # float32 master weights, products in the model's dtype
         with torch.autocast(x.device.type, dtype=x.dtype if half else torch.bfloat16, enabled=half):
-            v = self.adapter(x) * self.strength
+            v = self.adapter(x)
+        v = v.to(torch.promote_types(torch.float32, v.dtype)) * self.strength       # sums over it would saturate in bf16
         if self.masked:
             v = v.index_fill(-1, torch.tensor(self.masked, device=v.device), 0.0)
         if self.fusion == "relu":       # below -f nothing moves, and the gradient is zero
@@ -137,13 +142,6 @@ WEIGHTS, CONFIG = "adapter_weights.safetensors", "fsrl_adapter_config.json"
 THEIR_NAMES = {"soft": "soft_threshold", "relu": "relu", "jumprelu": "jump_relu"}
 
 
-def atomically(path, write):
-    """write(temporary path), then rename: a file is there whole or not at all."""
-    temporary = Path(path).with_name(Path(path).name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
-
-
 def save_adapter(adapter, folder, **facts):
     """Writes adapter_weights.safetensors and fsrl_adapter_config.json, the authors' files, which their loader reads.
 
@@ -152,8 +150,9 @@ def save_adapter(adapter, folder, **facts):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"activation_type": THEIR_NAMES.get(getattr(adapter, "activation", None), "custom"),
-              "use_steering_magnitude": getattr(adapter, "steering_magnitude", None) is not None}
+    ours = type(adapter) is Adapter          # a subclass has a forward of its own
+    config = {"activation_type": THEIR_NAMES[adapter.activation] if ours else "custom",
+              "use_steering_magnitude": ours and adapter.steering_magnitude is not None}
     if config["activation_type"] == "jump_relu":
         config["bandwidth"] = adapter.bandwidth
     if config["activation_type"] == "custom":
@@ -167,9 +166,9 @@ def steering_facts(steering, model_source):
     """The config keys of a Steering: the authors' first, then the ones theirs lacks."""
     sae = steering.sae
     repo, _, inside = sae.source.partition(":")
-    release = repo.rsplit("/", 1)[-1]
+    release = repo.rstrip("/").rsplit("/", 1)[-1]
     return {"base_sae_release": release, "base_sae_id": inside, "model_name": str(model_source).rsplit("/", 1)[-1].removesuffix("-it"),
-            "neuronpedia_id": f"{release}/{inside}", "base_model": str(model_source), "sae_source": sae.source,
+            "neuronpedia_id": f"{release}/{inside}" if inside else None, "base_model": str(model_source), "sae_source": sae.source,
             "sae_identity": sae.identity(), "d_in": sae.d_in, "d_sae": sae.d_sae, "layer": sae.layer, "fusion": steering.fusion, "positions": steering.positions,
             "strength": steering.strength, "top_k": steering.top_k, "masked": steering.masked}
 
@@ -195,6 +194,8 @@ def load_adapter(folder, adapter_class=None):
                             "(the run keeps a copy of the source to compare with)")
         if adapter_class.__name__ != name:
             raise UserError(f"{folder} holds an adapter of the class {name}, --adapter names {adapter_class.__name__}")
+        if not all(isinstance(facts.get(name), int) for name in ("d_in", "d_sae")):
+            raise UserError(f"{folder / CONFIG}: d_in and d_sae are missing, which a custom adapter is made with")
         adapter = adapter_class(facts["d_in"], facts["d_sae"])
     elif kind not in THEIR_NAMES.values():
         raise UserError(f"{folder / CONFIG}: activation_type is {kind!r}; known are {', '.join(THEIR_NAMES.values())}")
@@ -223,12 +224,16 @@ def import_adapter(spec):
         raise UserError(f"--adapter {spec}: write FILE.py:ClassName")
     if not Path(path).is_file():
         raise UserError(f"--adapter {spec}: there is no file {path}")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module_spec = importlib.util.spec_from_file_location(f"adapter_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module               # dataclasses and pickles look a class's module up
+    sys.path.insert(0, str(Path(path).resolve().parent))      # so that it can import a file beside it
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"--adapter {spec}: {path} cannot be imported ({type(error).__name__}: {error})") from error
+    finally:
+        sys.path.pop(0)
     found = getattr(module, name, None)
     if not (inspect.isclass(found) and issubclass(found, nn.Module)):
         raise UserError(f"--adapter {spec}: {path} has no torch.nn.Module of the name {name}")
@@ -266,17 +271,17 @@ class Run:
     folder: Path
 
 
-def check_fit(model, sae):
-    """Raises UserError unless the SAE can sit on this model."""
+def check_fit(config, sae):
+    """Raises UserError unless the SAE can sit on a model of this GemmaConfig."""
     if sae.layer is None:
         raise UserError(f"SAE {sae.source}: which layer it belongs to is written neither in its path (layer_N) nor in its config")
-    if sae.layer >= model.config.num_hidden_layers:
-        raise UserError(f"SAE {sae.source} belongs to layer {sae.layer}; this model has layers 0 to {model.config.num_hidden_layers - 1}")
-    if sae.d_in != model.config.hidden_size:
-        raise UserError(f"SAE {sae.source} reads states of width {sae.d_in}, this model's have {model.config.hidden_size}")
+    if sae.layer >= config.num_hidden_layers:
+        raise UserError(f"SAE {sae.source} belongs to layer {sae.layer}; this model has layers 0 to {config.num_hidden_layers - 1}")
+    if sae.d_in != config.hidden_size:
+        raise UserError(f"SAE {sae.source} reads states of width {sae.d_in}, this model's have {config.hidden_size}")
 
 
-def load_run(folder, *, adapter=None, device="cpu", dtype=None):
+def load_run(folder, *, adapter=None, device="auto", dtype=None):
     """Opens what train.py wrote: model, tokenizer, SAE and steering as they were trained. -> Run
 
     adapter: FILE.py:ClassName, needed (only) for a run that was trained with --adapter.
@@ -290,13 +295,13 @@ def load_run(folder, *, adapter=None, device="cpu", dtype=None):
         if Path(source).is_file() and Path(source).read_bytes() != (folder / SOURCE).read_bytes():
             print(f"note: {source} is not the source this run was trained with ({folder / SOURCE})", file=sys.stderr)
     module, facts = load_adapter(folder, import_adapter(adapter) if adapter else None)
-    dtype = dtype or getattr(torch, config.get("dtype", "float32"))
+    device, dtype = choose_device(device, dtype or config.get("dtype", "float32"))
     model = load_gemma(config["model"], dtype=dtype, device=device)
     sae = load_sae(config["sae"], dtype=dtype, device=device)
-    check_fit(model, sae)
+    check_fit(model.config, sae)
     if facts.get("sae_identity") not in (None, sae.identity()):
         raise UserError(f"{folder} was trained on another SAE than {config['sae']} is now (digest {facts['sae_identity']}, now {sae.identity()})")
-    steering = Steering(sae, module.to(device).eval(), **{k: facts[k] for k in ("fusion", "positions", "strength", "top_k", "masked") if k in facts})
+    steering = Steering(sae, module.to(device, master_dtype(dtype)).eval(), **{k: facts[k] for k in ("fusion", "positions", "strength", "top_k", "masked") if k in facts})
     return Run(model, load_tokenizer(config["model"]), sae, steering, config, folder)
 
 
@@ -331,13 +336,13 @@ def answers(model, tokenizer, prompts, edits=None, **how):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Ask the base and the steered model of a run the same things, side by side.")
     parser.add_argument("run", help="a run's folder, such as runs/style-1")
-    parser.add_argument("--prompt", action="append", help="ask this and leave (can be given several times); without it: a conversation")
+    parser.add_argument("--prompt", action="append", help="ask this and leave (can be given several times); without it, ask one thing after another")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the most probable token each time")
     parser.add_argument("--strength", type=float, help="multiply the steering by this (default: as trained)")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--adapter", help="FILE.py:ClassName of a run that was trained with one")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto: the best there is")
     try:
         args = parser.parse_args(argv)
     except SystemExit as stop:
@@ -364,6 +369,8 @@ def main(argv=None):
     except UserError as error:
         print(f"fsrl.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print()
     return 0
 
 

@@ -22,6 +22,7 @@ which transformers calls hidden_states[L + 1].
 """
 import json
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,10 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import nn
+
+
+HERE = Path(__file__).resolve().parent
+TORCH = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
 
 
 class UserError(ValueError):
@@ -63,15 +68,20 @@ class GemmaConfig:
         Raises UserError for another architecture: Gemma 1 and 3 have other norms, masks and no soft-caps.
         """
         raw = read_json(path)
-        if raw.get("model_type") != "gemma2":
+        if not isinstance(raw, dict) or raw.get("model_type") != "gemma2":
+            raw = raw if isinstance(raw, dict) else {}
             raise UserError(f"{path}: model_type is {raw.get('model_type')!r}; this is a Gemma-2 implementation and reads only 'gemma2'")
         rope = raw.get("rope_parameters") or {}      # newer files: {"rope_theta": ..., "rope_type": "default"}
         if rope.get("rope_type", "default") != "default" or raw.get("rope_scaling"):
             raise UserError(f"{path}: Gemma-2 has no RoPE scaling, this file asks for {raw.get('rope_scaling') or rope}")
-        names = {f for f in cls.__dataclass_fields__ if f in raw and raw[f] is not None}
-        fields = {name: raw[name] for name in names}
+        for name, only in (("hidden_activation", "gelu_pytorch_tanh"), ("tie_word_embeddings", True), ("attention_bias", False)):
+            if raw.get(name, only) != only:
+                raise UserError(f"{path}: {name} is {raw[name]!r}; Gemma-2 has {only!r}")
+        fields = {name: raw[name] for name in cls.__dataclass_fields__ if name in raw}
+        if bad := [name for name, value in fields.items() if isinstance(value, bool) or not isinstance(value, (int, float))]:
+            raise UserError(f"{path}: {bad[0]} is {fields[bad[0]]!r}; a number is needed")
         fields["rope_theta"] = float(raw.get("rope_theta") or rope.get("rope_theta") or 10_000.0)
-        eos = raw.get("eos_token_id", 1)
+        eos = raw.get("eos_token_id") or 1
         eos = set(eos if isinstance(eos, list) else [eos])
         if raw.get("vocab_size") == 256_000:   # the -9b-it and -27b-it files name only <eos>, yet a turn ends
             eos.add(107)                       # with <end_of_turn>, which is 107 in every Gemma-2 vocabulary
@@ -196,7 +206,7 @@ class Gemma(nn.Module):
         mask       (B,T,S) bool, True = visible, BEFORE windowing: local layers add the window from the positions.
                    None: every earlier token of the row and the token itself
         edits      {layer: edit}; edit(h, where) -> h replaces the residual stream after that block
-        where      (B,T) bool, the tokens an edit may touch; None: all but BOS and padding
+        where      (B,T) bool, the tokens an edit may touch; None: what the edits' `positions` say (see `steerable`)
         cache      a Cache; keys and values of earlier calls are attended to, this call's are added
         """
         B, T, _ = h.shape
@@ -208,7 +218,7 @@ class Gemma(nn.Module):
         if mask is None:
             mask = (ago >= 0) & (seen >= 0)[:, None, :]
         if edits and where is None:
-            where = steerable("text", positions)
+            where = steerable(shared_positions(edits), positions)
         # Finite, not -inf: a row of padding has nothing to see and would turn into NaN.
         hidden = torch.finfo(h.dtype).min
         bias = [h.new_zeros(visible.shape).masked_fill_(~visible, hidden) for visible in (mask & (ago < self.config.sliding_window), mask)]
@@ -229,9 +239,19 @@ class Gemma(nn.Module):
         return self.norm(h)
 
     def logits(self, hidden):
-        """(…, D) after the final norm -> (…, V), soft-capped at ±30."""
+        """(…, D) after the final norm -> (…, V), soft-capped at ±30, float32 or better: bf16 rounds a logit of 20 to 1/8."""
         cap = self.config.final_logit_softcapping
-        return cap * torch.tanh(F.linear(hidden, self.embed_tokens.weight) / cap)
+        z = product(hidden.flatten(0, -2), self.embed_tokens.weight.T)
+        return cap * torch.tanh(z / cap).view(*hidden.shape[:-1], -1)
+
+
+def product(a, b):
+    """a (N,D) @ b (D,M), summed and returned in float32 where the operands are bf16."""
+    if a.dtype not in (torch.bfloat16, torch.float16):
+        return a @ b
+    if a.is_cuda and TORCH >= (2, 8):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()        # the same numbers on a CPU or with an older torch, only slower
 
 
 class Cache:
@@ -277,6 +297,8 @@ def steerable(kind, positions, predicts=None):
     "all": BOS too
     """
     if kind == "response":
+        if predicts is None:
+            raise UserError("positions 'response' needs to be told which tokens predict an answer: give `where`")
         return (positions > 0) & predicts
     return positions >= 0 if kind == "all" else positions > 0
 
@@ -291,6 +313,8 @@ def generate(model, prompts, *, max_new_tokens, edits=None, temperature=0.0, see
     """
     if prompts and isinstance(prompts[0], int):
         return generate(model, [prompts], max_new_tokens=max_new_tokens, edits=edits, temperature=temperature, seed=seed)[0]
+    if not all(len(prompt) for prompt in prompts):
+        raise UserError("an empty prompt cannot be continued; it needs <bos> at least")
     answers = [[] for _ in prompts]
     if max_new_tokens < 1:
         return answers
@@ -305,7 +329,7 @@ def generate(model, prompts, *, max_new_tokens, edits=None, temperature=0.0, see
         draws = None
         if temperature > 0:
             draws = torch.stack([torch.rand(max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(
-                (seed * 1_000_003 + i) % 2**63)) for i in rows]).to(device)
+                (seed * 1_000_003 + i) % 2**63)) for i in rows])                       # on the CPU: mps knows no float64
         cache = Cache(model, len(rows), width + max_new_tokens)
         for step in range(max_new_tokens):
             predicts = torch.ones_like(ids, dtype=torch.bool)
@@ -313,12 +337,13 @@ def generate(model, prompts, *, max_new_tokens, edits=None, temperature=0.0, see
                 predicts[:, :-1] = False                                            # of a prompt, only the last token does
             where = steerable(kind, positions, predicts)
             h = model(ids, positions=positions, where=where, edits=edits, cache=cache)[:, -1]
-            logits = model.logits(h).double() if draws is not None else model.logits(h)
+            logits = model.logits(h)
             if draws is None:
                 new = logits.argmax(-1)
             else:   # the inverse of the cumulative distribution, at one uniform number a token
-                heap = (logits / temperature).softmax(-1).cumsum(-1)
-                new = torch.searchsorted(heap, draws[:, step:step + 1] * heap[:, -1:], right=True)[:, 0].clamp_(max=heap.shape[-1] - 1)
+                heap = (logits.cpu().double() / temperature).softmax(-1).cumsum(-1)
+                new = torch.searchsorted(heap, draws[:, step:step + 1] * heap[:, -1:], right=True)[:, 0]
+                new = new.clamp_(max=heap.shape[-1] - 1).to(device)
             for i, token in zip(rows, new.tolist()):
                 if i is not None:
                     answers[i].append(token)
@@ -340,10 +365,20 @@ def generate(model, prompts, *, max_new_tokens, edits=None, temperature=0.0, see
 def read_json(path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: {'no such file' if isinstance(error, FileNotFoundError) else f'cannot be read ({error})'}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def atomically(path, write):
+    """write(temporary path), then rename: a file is there whole or not at all."""
+    temporary = Path(path).with_name(Path(path).name + ".tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def fetch(source, patterns, *, kind="model"):
@@ -355,22 +390,25 @@ def fetch(source, patterns, *, kind="model"):
     path = Path(source).expanduser()
     if path.is_dir():
         return path
+    if not path.is_absolute() and (HERE / path).is_dir():      # tiny/... from wherever the scripts are started
+        return HERE / path
     if path.exists():
         raise UserError(f"{source} is a file; a folder or a Hub repo id is needed here")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
         raise UserError(f"{source}: no such folder, and not a Hub repo id of the form name/repo")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{source}"
     try:
         return Path(snapshot_download(str(source), repo_type=kind, allow_patterns=patterns))
     except GatedRepoError:      # a subclass of RepositoryNotFoundError: it has to come first
-        raise UserError(f"{source} is gated: accept its licence on https://huggingface.co/{source}, "
+        raise UserError(f"{source} is gated: accept its licence on {page}, "
                         "make a token on https://huggingface.co/settings/tokens, then run `hf auth login` (or set HF_TOKEN)") from None
     except RepositoryNotFoundError:
         raise UserError(f"{source}: no such folder here and no such {kind} on the Hub (or it is private: run `hf auth login`)") from None
-    except (LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{source}: no such folder here, and the Hub could not be asked ({type(error).__name__}: "
-                        f"{str(error).splitlines()[0]})") from None
+    except Exception as error:      # no network, a proxy, a malformed name: the hub's errors have no common class
+        raise UserError(f"{source}: no such folder here, and the Hub could not be asked "
+                        f"({' '.join((str(error) or type(error).__name__).split())[:200]})") from None
 
 
 def copy_tensor(path, name, out):
@@ -403,11 +441,19 @@ def weight_files(folder):
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return {name: folder / "model.safetensors" for name in names(folder / "model.safetensors")}
-    files = {name: folder / file for name, file in read_json(index)["weight_map"].items()}
+    try:
+        files = {name: folder / file for name, file in read_json(index)["weight_map"].items()}
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{index}: there is no weight_map in it") from None
     for path in sorted(set(files.values())):
         if lost := sorted({name for name, where in files.items() if where == path} - names(path)):
             raise UserError(f"{path}: tensor {lost[0]} is not in it, though the index says so")
     return files
+
+
+def load_config(source):
+    """The GemmaConfig of a local folder or a Hub repo id, without its weights."""
+    return GemmaConfig.from_json(fetch(source, ["config.json"]) / "config.json")
 
 
 def load_gemma(source, *, dtype=torch.float32, device="cpu"):
@@ -455,7 +501,22 @@ def load_tokenizer(source):
     if missing := [name for name in CONTROL if tokenizer.token_to_id(name) is None]:
         raise UserError(f"{path}: the token {missing[0]} is missing, which Gemma's chat format needs")
     tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()       # some files were saved with it, and would cut texts without a word
+    tokenizer.no_padding()
     return tokenizer
+
+
+def choose_device(device="auto", dtype="auto"):
+    """Names of a device and a dtype -> (device, torch dtype); auto: the best device there is, bf16 on cuda, float32 elsewhere."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0]})") from None
+    if device.startswith("mps") and dtype == "float64":
+        raise UserError("--dtype float64: mps has no float64; use cpu")
+    return device, getattr(torch, dtype if dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32")
 
 
 def encode_text(tokenizer, text):
@@ -479,8 +540,10 @@ def encode_prompt(tokenizer, messages):
     newline, ids = encode_text(tokenizer, "\n"), [one("<bos>")]
     for i, message in enumerate(messages):
         role = ("user", "assistant")[i % 2]
-        if message["role"] != role:
-            raise UserError(f"message {i + 1} of a prompt has role {message['role']!r}; Gemma-2 takes user and assistant in turn, user first (and no system message)")
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise UserError(f"message {i + 1} of a prompt is not of the form {{\"role\": ..., \"content\": text}}")
+        if message.get("role") != role:
+            raise UserError(f"message {i + 1} of a prompt has role {message.get('role')!r}; Gemma-2 takes user and assistant in turn, user first (and no system message)")
         ids += [one("<start_of_turn>"), *encode_text(tokenizer, "model" if role == "assistant" else role), *newline]
         ids += [*encode_text(tokenizer, message["content"].strip()), one("<end_of_turn>"), *newline]
     if not messages or messages[-1]["role"] != "user":

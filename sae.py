@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import nn
 from tqdm import tqdm
 
-from gemma import UserError, encode_text, fetch, load_gemma, load_tokenizer, read_json
+from gemma import UserError, atomically, choose_device, encode_text, fetch, load_gemma, load_tokenizer, read_json
 
 
 class _JumpReLU(torch.autograd.Function):
@@ -97,7 +97,7 @@ class JumpReLUSAE(nn.Module):
     def encode(self, x):
         """(…,D) -> (…,F), in the biases' dtype."""
         p = (x.to(self.W_enc.dtype) @ self.W_enc).to(self.b_enc.dtype) + self.b_enc
-        return torch.where(p > self.threshold, p.clamp_min(0), 0.0) if not self.threshold.requires_grad else jumprelu(p, self.threshold)
+        return jumprelu(p, self.threshold)
 
     def decode(self, f):
         """(…,F) -> (…,D)"""
@@ -106,9 +106,8 @@ class JumpReLUSAE(nn.Module):
     def identity(self):
         """A short digest of the weights: labels and adapters belong to one SAE, whatever its folder is called."""
         digest = hashlib.sha256()
-        for name in ("b_enc", "threshold", "b_dec"):
+        for name in ("b_enc", "threshold", "b_dec"):                       # float32 always, so the same in any dtype
             digest.update(getattr(self, name).detach().float().cpu().numpy().tobytes())
-        digest.update(self.W_dec[:4].detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -120,7 +119,7 @@ NAMES = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 def load_sae(source, *, dtype=torch.float32, device="cpu"):
     """Reads a Gemma Scope folder (params.npz) or a SAELens one (cfg.json + sae_weights.safetensors).
 
-    source: a local folder, or "repo:path/inside" on the Hub, such as
+    source: a local folder (or one with a single SAE somewhere below it), or "repo:path/inside" on the Hub, such as
     google/gemma-scope-2b-pt-res:layer_12/width_65k/average_l0_72
     Raises UserError for what is not there, not a JumpReLU or ReLU SAE, or needs its input normalised.
     """
@@ -132,8 +131,11 @@ def load_sae(source, *, dtype=torch.float32, device="cpu"):
             raise UserError(f"{source}: the repo {repo} has no SAE under {inside}/")
     else:
         folder = fetch(source, [])
-    layer = re.search(r"layer_(\d+)(?:/|$)", str(source).replace("\\", "/"))
-    layer = int(layer[1]) if layer else None
+    below = sorted(folder.glob("layer_*/**/params.npz"))
+    if not any((folder / name).exists() for name in ("params.npz", "cfg.json")) and len(below) == 1:
+        folder = below[0].parent                                           # the one SAE of a tree, such as tiny/sae
+    layer = re.findall(r"layer_(\d+)(?=/|$)", folder.as_posix())
+    layer = int(layer[-1]) if layer else None
     if (folder / "params.npz").exists():
         tensors = _read_npz(folder / "params.npz")
     elif (folder / "cfg.json").exists():
@@ -151,15 +153,19 @@ def _read_npz(path):
             if missing := [name for name in NAMES if have[name] is None]:
                 raise UserError(f"{path}: array {missing[0]} is missing; it holds {', '.join(arrays.files)}")
             return {name: torch.from_numpy(arrays[have[name]]) for name in NAMES}
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except Exception as error:       # numpy, zipfile and zlib each have their own
         raise UserError(f"{path}: not a readable npz file ({error})") from None
 
 
 def _read_saelens(folder, layer):
     cfg, path = read_json(folder / "cfg.json"), folder / "sae_weights.safetensors"
+    if not isinstance(cfg, dict):
+        raise UserError(f"{folder}/cfg.json: not a SAELens config")
     kind = cfg.get("architecture", "standard")
+    if (inner := cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu") != "relu":
+        raise UserError(f"{folder}/cfg.json: activation {inner!r}; only ReLU and JumpReLU SAEs are read")
     if kind not in ("jumprelu", "standard"):
         raise UserError(f"{folder}/cfg.json: architecture {kind!r}; only 'jumprelu' and 'standard' are read")
     if (norm := cfg.get("normalize_activations") or "none") != "none":
@@ -169,7 +175,7 @@ def _read_saelens(folder, layer):
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except Exception as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-    if kind == "standard":
+    if kind == "standard" and "b_enc" in tensors:
         tensors["threshold"] = torch.zeros_like(tensors["b_enc"])          # a ReLU is a JumpReLU that jumps at 0
     elif "log_threshold" in tensors:                                       # a training checkpoint
         tensors["threshold"] = tensors["log_threshold"].exp()
@@ -178,7 +184,7 @@ def _read_saelens(folder, layer):
     tensors = {name: tensors[name] for name in NAMES}
     if cfg.get("apply_b_dec_to_input", True):                              # SAELens' default; (x - b_dec) W_enc is
         tensors["b_enc"] = tensors["b_enc"] - tensors["b_dec"] @ tensors["W_enc"]     # x W_enc with another bias
-    hook = str(cfg.get("metadata", {}).get("hook_name") or cfg.get("hook_name") or cfg.get("hook_point") or "")
+    hook = str((cfg.get("metadata") or {}).get("hook_name") or cfg.get("hook_name") or cfg.get("hook_point") or "")
     if hook and not hook.endswith("hook_resid_post"):
         raise UserError(f"{folder}/cfg.json: hook {hook!r}; this project steers the output of a block (blocks.L.hook_resid_post)")
     found = re.search(r"blocks\.(\d+)\.", hook)
@@ -189,7 +195,10 @@ def save_sae(sae, folder):
     """Writes Gemma Scope's params.npz, float32."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    np.savez(folder / "params.npz", **{name: getattr(sae, name).detach().float().cpu().numpy() for name in NAMES})
+    def write(path):
+        with open(path, "wb") as file:
+            np.savez(file, **{name: getattr(sae, name).detach().float().cpu().numpy() for name in NAMES})
+    atomically(folder / "params.npz", write)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -277,7 +286,8 @@ def collect(model, rows, layer, *, batch_size=64, progress=True):
         part = rows[i:i + batch_size]
         width = max(map(len, part))
         ids = torch.tensor([list(r) + [c.pad_token_id] * (width - len(r)) for r in part], device=model.device)
-        text = (ids != c.bos_token_id) & (ids != c.pad_token_id) & (ids != 1)        # right padding is seen by no text token
+        special = torch.tensor([c.bos_token_id, c.pad_token_id, min(c.eos_token_ids)], device=ids.device)     # <eos> is 1, <end_of_turn> 107
+        text = ~torch.isin(ids, special)                                   # right padding is seen by no text token
         states.append(model.blocks(model.embed(ids), 0, layer + 1)[text].float().cpu())
     return torch.cat(states)
 
@@ -295,12 +305,13 @@ def main(argv=None):
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of Adam")
     parser.add_argument("--max-tokens", type=int, default=500_000, help="stop reading text after this many tokens")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="auto", help="where the model runs: cpu, cuda, mps (the SAE trains on the CPU)")
     try:
         args = parser.parse_args(argv)
     except SystemExit as stop:
         return stop.code
     try:
+        device, dtype = choose_device(args.device)
         for name in ("width", "l0", "steps", "lr", "max_tokens"):
             if not getattr(args, name) > 0:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it has to be above 0")
@@ -308,17 +319,19 @@ def main(argv=None):
             raise UserError(f"--out {args.out} exists; name a folder that does not")
         rows, tokens, tokenizer = [], 0, load_tokenizer(args.model)
         for number, line in enumerate(_lines(args.text), 1):
-            if args.text.endswith(".jsonl"):
+            if args.text.endswith(".jsonl") and line.strip():
                 try:
-                    line = json.loads(line)["text"]
-                except (ValueError, KeyError, TypeError):
+                    line = json.loads(line)["text"].strip()
+                except (ValueError, KeyError, TypeError, AttributeError):
                     raise UserError(f'{args.text}, line {number}: not a JSON object with a "text"') from None
             if line.strip():
                 rows.append([tokenizer.token_to_id("<bos>"), *encode_text(tokenizer, line.strip())])
                 tokens += len(rows[-1])
             if tokens >= args.max_tokens:
                 break
-        model = load_gemma(args.model, device=args.device)
+        if not rows:
+            raise UserError(f"{args.text}: no text in it")
+        model = load_gemma(args.model, device=device, dtype=dtype)
         if not 0 <= args.layer < model.config.num_hidden_layers:
             raise UserError(f"--layer is {args.layer}; this model has blocks 0 to {model.config.num_hidden_layers - 1}")
         x = collect(model, rows, args.layer)

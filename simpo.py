@@ -22,6 +22,7 @@ sequences (tests/test_simpo.py), not an approximation of them.
 (SimPO, arXiv 2405.14734, eq. 6; gamma_ratio is its γ/β. nll_weight 0 is the paper's loss.)
 Two answers that are equally likely give softplus(beta · gamma_ratio): 5.0067 at beta 10 and ratio 0.5.
 """
+import hashlib
 import json
 import math
 from dataclasses import dataclass, fields, replace
@@ -30,7 +31,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from gemma import UserError, encode_answer, encode_prompt, fetch, generate, shared_positions, steerable
+from gemma import UserError, encode_answer, encode_prompt, fetch, generate, product, read_json, shared_positions, steerable
 
 
 # ---- pairs -----------------------------------------------------------------------------------------------------------
@@ -54,9 +55,8 @@ def read_pairs(source, split="train", limit=None):
     if path.is_file():
         files = [path]
     else:
-        folder = fetch(source, [f"{split}.jsonl", f"{split}-*.parquet", f"data/{split}-*.parquet", f"data/{split}_prefs-*.parquet", "meta.json"],
-                       kind="dataset")
-        patterns = (f"{split}.jsonl", f"{split}-*.parquet", f"data/{split}-*.parquet", f"data/{split}_prefs-*.parquet")
+        patterns = [f"{split}.jsonl", f"{split}-*.parquet", f"data/{split}-*.parquet", f"data/{split}_prefs-*.parquet"]
+        folder = fetch(source, patterns, kind="dataset")
         files = next((found for found in (sorted(folder.glob(p)) for p in patterns) if found), None)
         if not files:
             raise UserError(f"{source}: no pairs of the split {split!r} there ({split}.jsonl or {split}-*.parquet)")
@@ -79,7 +79,7 @@ def _jsonl(path):
                 if line.strip():
                     try:
                         yield at, json.loads(line)
-                    except ValueError as error:
+                    except (ValueError, RecursionError) as error:
                         raise UserError(f"{at}: not valid JSON ({error})") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
@@ -91,10 +91,15 @@ def _parquet(path):
     except ImportError:
         raise UserError(f"{path}: reading parquet needs pyarrow (pip install pyarrow), or turn the file into JSONL") from None
     number = 0
-    for group in parquet.ParquetFile(path).iter_batches(256):
-        for raw in group.to_pylist():
-            number += 1
-            yield f"{path}, row {number}", raw
+    try:
+        for group in parquet.ParquetFile(path).iter_batches(256):
+            for raw in group.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", raw
+    except (OSError, ValueError) as error:         # pyarrow's own errors are ValueErrors; ours pass
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not a readable parquet file ({error})") from None
 
 
 def _record(raw, at):
@@ -104,22 +109,42 @@ def _record(raw, at):
     for side in ("chosen", "rejected"):
         value = raw.get(side)
         if isinstance(value, list):                                   # messages: the answer is the last one
-            if not value or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value) or value[-1].get("role") != "assistant":
+            messages = _messages(value, at, side)
+            if not messages or messages[-1]["role"] != "assistant":
                 raise UserError(f"{at}: {side} is a list that does not end with an assistant message")
-            out.setdefault("prompt", [{"role": m["role"], "content": m["content"]} for m in value[:-1]])
-            value = value[-1]["content"]
+            if out.setdefault("prompt", messages[:-1]) != messages[:-1]:
+                raise UserError(f"{at}: chosen and rejected answer different prompts")
+            value = messages[-1]["content"]
         if not isinstance(value, str):
             raise UserError(f"{at}: {side} is missing; a pair needs prompt, chosen and rejected")
         if not value.strip():
             raise UserError(f"{at}: {side} is empty; an answer needs at least one token")
+        _encodable(value, at, side)
         out[side] = value
     prompt = raw.get("prompt") or raw.get("instruction")
     if prompt is None or out.get("prompt"):
         prompt = out.get("prompt") or prompt
     if not (isinstance(prompt, str) and prompt.strip() or isinstance(prompt, list) and prompt):
         raise UserError(f"{at}: prompt is missing or empty; a pair needs prompt, chosen and rejected")
+    if isinstance(prompt, list):
+        prompt = _messages(prompt, at, "prompt")
+    else:
+        _encodable(prompt, at, "prompt")
     out["prompt"] = prompt
     return out
+
+
+def _messages(value, at, side):
+    for m in value:
+        if not (isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)):
+            raise UserError(f'{at}: {side} holds a message that is not of the form {{"role": ..., "content": text}}')
+        _encodable(m["content"], at, side)
+    return [{"role": m["role"], "content": m["content"]} for m in value]
+
+
+def _encodable(text, at, side):
+    if any("\ud800" <= c <= "\udfff" for c in text):          # half of a UTF-16 pair: JSON can write it, no text can hold it
+        raise UserError(f"{at}: {side} holds a lone surrogate, which is no character")
 
 
 def encode_pairs(tokenizer, records, max_length=2048):
@@ -179,6 +204,11 @@ class Batch:
         return steerable(positions, self.position, predicts)
 
 
+def digest(pairs):
+    """A short name of exactly these pairs, for a run's config."""
+    return hashlib.sha256(repr([(p.prompt, p.chosen, p.rejected) for p in pairs]).encode()).hexdigest()[:16]
+
+
 def collate(pairs, pad_id=0):
     """Pairs -> Batch, one row each, padded on the right to the longest."""
     if empty := [p for p in pairs if not (p.prompt and p.chosen and p.rejected)]:
@@ -203,22 +233,13 @@ def collate(pairs, pad_id=0):
 
 # ---- the head --------------------------------------------------------------------------------------------------------
 
-def _product(a, b):
-    """a @ b with float32 sums and output, whatever the operands are."""
-    if a.dtype in (torch.float32, torch.float64):
-        return a @ b
-    try:
-        return torch.mm(a, b, out_dtype=torch.float32)          # CUDA, torch >= 2.8
-    except (TypeError, RuntimeError, NotImplementedError):
-        return a.float() @ b.float()
-
-
 class _TokenLogps(torch.autograd.Function):
     """log p of the targets and, in the same pass over the vocabulary, its gradient towards the states.
 
     With y_j = tanh(z_j / cap), z = x W^T, logits are cap · y and the chain rule gives
         d log p_t / dx = (1 - y_t²) W_t - Σ_j p_j (1 - y_j²) W_j
-    The soft-cap bounds every logit by `cap`, so e^(logit - cap) is within [e^-60, 1] and needs no running maximum.
+    The target's own term of the sum is left out and (1 - p_t) taken instead of 1: where p_t is near 1 the two would
+    cancel, and in bf16 nothing of the difference would be left. The soft-cap bounds every logit by `cap`, so e^(logit - cap) is within [e^-60, 1] and needs no running maximum.
     """
 
     @staticmethod
@@ -235,17 +256,21 @@ class _TokenLogps(torch.autograd.Function):
             pull = part.new_zeros(part.shape, dtype=wide)
             for j in range(0, len(W), width):
                 Wj = W[j:j + width]
-                y = _product(part, Wj.T).div_(cap).tanh_()
+                y = product(part, Wj.T).div_(cap).tanh_()
                 e = (y - 1).mul_(cap).exp_()
-                total += e.sum(-1)
+                at = target[i:i + rows] - j
+                here = ((at >= 0) & (at < len(Wj))).nonzero()[:, 0]
+                e[here, at[here]] = 0.0
+                total += e.sum(-1)                               # of all but the target
                 if slope is not None:
                     e -= y.square_().mul_(e)                     # e · (1 - y²)
-                    pull += _product(e.to(Wj.dtype), Wj)
+                    pull += product(e.to(Wj.dtype), Wj)
             own = W[target[i:i + rows]].to(wide)
             y = torch.tanh((part.to(wide) * own).sum(-1) / cap)
+            rest, total = total, total + (cap * (y - 1)).exp()
             logp[i:i + rows] = cap * (y - 1) - total.log()
             if slope is not None:
-                slope[i:i + rows] = (1 - y * y)[:, None] * own - pull / total[:, None]
+                slope[i:i + rows] = ((rest * (1 - y * y))[:, None] * own - pull) / total[:, None]
         ctx.save_for_backward(slope)
         ctx.dtype = x.dtype
         return logp
@@ -350,7 +375,7 @@ def evaluate(model, pairs, steering=None, *, beta=10.0, gamma_ratio=0.5, kind="s
             rows = (chosen, rejected, chosen * 0, chosen * 0)
         else:
             rows = steered_logps(model, batch, steering)
-        s[:, index] = torch.stack([row.double().cpu() for row in rows])
+        s[:, index] = torch.stack([row.cpu().double() for row in rows])       # mps has no float64
         if progress:
             progress(len(index))
     chosen, rejected, l0, l1 = s
@@ -367,12 +392,13 @@ def judge_of(source):
 
     Only the lab's own judge is known by name; no code is taken from a data folder.
     """
-    path = Path(source) / "meta.json"
-    if not path.is_file():
+    if Path(source).is_file() or not (path := fetch(source, ["meta.json"], kind="dataset") / "meta.json").is_file():
         return {}, None
-    meta = json.loads(path.read_text(encoding="utf-8"))
-    if meta.get("judge") != "tiny.world":
-        return meta, None
+    meta = read_json(path)
+    if not isinstance(meta, dict) or meta.get("judge") != "tiny.world":
+        return {}, None
+    if not isinstance(meta.get("weights"), dict):
+        raise UserError(f"{path}: weights are missing, which the lab's judge needs")
     from tiny import world
     return meta, world
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import fsrl
 import simpo
-from gemma import UserError, decode, load_gemma, load_tokenizer
+from gemma import UserError, atomically, choose_device, decode, load_config, load_gemma, load_tokenizer
 from sae import load_sae
 
 
@@ -31,8 +31,8 @@ def setting(default, group, text, **checks):
 class TrainConfig:
     """Every setting of a run. The defaults are the lab's recipe; each field is a command-line option of the same name."""
     model: str = setting("tiny/model", "what to train on", "a Gemma-2: local folder or Hub repo id")
-    sae: str = setting("tiny/sae/layer_3/width_1k/average_l0_16", "what to train on", "its SAE: local folder, or repo:path/inside on the Hub")
-    pairs: str = setting("tiny/pairs/style", "what to train on", "preference pairs: folder with train.jsonl, dev.jsonl, test.jsonl, a file, or a Hub data set")
+    sae: str = setting("tiny/sae", "what to train on", "its SAE: local folder, or repo:path/inside on the Hub")
+    pairs: str = setting("tiny/pairs/style", "what to train on", "preference pairs: folder with train.jsonl and test.jsonl, a Hub data set, or one file, whose last tenth is held out")
     eval_split: str = setting("test", "what to train on", "split that the closing table is measured on (tune on dev)")
     max_length: int = setting(2048, "what to train on", "tokens of prompt plus longer answer; the prompt is cut from its left first", low=3)
     train_pairs: int = setting(None, "what to train on", "use only the first N pairs (default: all)", low=1, type=int)
@@ -50,25 +50,25 @@ class TrainConfig:
     beta: float = setting(10.0, "the objective", "scale of the margin", above=0)
     gamma_ratio: float = setting(0.5, "the objective", "target margin γ/β in nats a token (a ratio: γ itself is beta times this)", low=0)
     label_smoothing: float = setting(0.0, "the objective", "share of pairs taken to be labelled the wrong way round", low=0, high=0.5)
-    nll_weight: float = setting(0.0, "the objective", "weight of -mean log p(chosen); 0 is the paper's loss", low=0)
-    l1: float = setting(0.1, "the objective", "weight of Σ|v| a steered token (effective v)", low=0)
+    nll_weight: float = setting(3.0, "the objective", "weight of -mean log p(chosen); 0 is the paper's loss", low=0)
+    l1: float = setting(0.03, "the objective", "weight of Σ|v| a steered token (effective v)", low=0)
     l1_warmup: float = setting(0.0, "the objective", "share of the steps over which l1 rises from 0", low=0, high=1)
 
-    steps: int = setting(300, "optimisation", "optimiser steps", low=1)
+    steps: int = setting(800, "optimisation", "optimiser steps", low=1)
     batch_size: int = setting(32, "optimisation", "pairs a forward pass", low=1)
     accumulation: int = setting(1, "optimisation", "forward passes a step; the gradient is that of all their pairs at once", low=1)
-    lr: float = setting(5e-4, "optimisation", "peak learning rate of AdamW", above=0)
+    lr: float = setting(2e-3, "optimisation", "peak learning rate of AdamW", above=0)
     warmup: float = setting(0.1, "optimisation", "share of the steps over which lr rises", low=0, high=1)
     schedule: str = setting("cosine", "optimisation", "what lr does after that", choices=("cosine", "linear", "constant"))
     threshold_lr: float = setting(1.0, "optimisation", "the thresholds' lr is lr times this", above=0)
     weight_decay: float = setting(0.0, "optimisation", "on W_a only", low=0)
     grad_clip: float = setting(1.0, "optimisation", "largest gradient norm (0: any)", low=0)
-    keep_prefix: bool = setting(True, "optimisation", "keep the frozen lower half's output of each pair in memory after its first use")
+    keep_prefix: float = setting(1.0, "optimisation", "keep the frozen lower half's output of pairs seen before, up to this many GB (0: compute anew)", low=0)
     seed: int = setting(0, "optimisation", "of the adapter, the order of the pairs and the sampled answers", low=0)
 
     run: str = setting(None, "the run", "name of the folder under --runs (default: the next free PAIRS-1, PAIRS-2, ...)", type=str)
     runs: str = setting("runs", "the run", "where runs are kept")
-    log_every: int = setting(20, "the run", "steps between two lines", low=1)
+    log_every: int = setting(50, "the run", "steps between two lines", low=1)
     save_every: int = setting(100, "the run", "steps between two savings of the adapter", low=1)
     device: str = setting("auto", "the run", "cpu, cuda, mps, or auto: the best there is")
     dtype: str = setting("auto", "the run", "of the frozen weights; auto: bfloat16 on cuda, float32 elsewhere", choices=("auto", "float32", "bfloat16", "float64"))
@@ -84,13 +84,13 @@ class TrainConfig:
                 setattr(self, f.name, value := float(value))
             if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
                 raise UserError(f"{flag} is {value!r}; it has to be of type {kind.__name__}")
+            if kind is float and not math.isfinite(value):
+                raise UserError(f"{flag} is {value}; it has to be a finite number")
             for bound, bad, words in (("low", lambda v, b: not v >= b, "at least"), ("high", lambda v, b: not v <= b, "at most"),
                                       ("above", lambda v, b: not v > b, "above"), ("choices", lambda v, b: v not in b, "one of")):
                 if bound in m and bad(value, m[bound]):
                     allowed = ", ".join(m[bound]) if bound == "choices" else m[bound]
                     raise UserError(f"{flag} is {value}; it has to be {words} {allowed}")
-            if kind is float and not math.isfinite(value):
-                raise UserError(f"{flag} is {value}; it has to be a finite number")
         if self.top_k is not None and self.top_k >= 1 and self.top_k != int(self.top_k):
             raise UserError(f"--top-k is {self.top_k}; a number of features has to be whole, a share of them below 1")
         if self.run is not None and (not self.run or Path(self.run).name != self.run or self.run in (".", "..")):
@@ -105,36 +105,20 @@ class TrainConfig:
 
 def parser():
     """The command line, made from TrainConfig's fields."""
-    out = argparse.ArgumentParser(prog="train.py", description="Train an FSRL adapter on preference pairs. Without arguments: on the lab in "
+    out = argparse.ArgumentParser(prog="train.py", usage="python train.py [--setting value ...]", allow_abbrev=False, description="Train an FSRL adapter on preference pairs. Without arguments: on the lab in "
                                   "tiny/, about two minutes on a CPU. `--pairs tiny/pairs/honest` is its other world, `--steps 20` an instant trial.",
                                   formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=120))
     groups = {}
     for f in fields(TrainConfig):
         m = f.metadata
-        group = groups.setdefault(m["group"], out.add_argument_group(m["group"]))
+        if m["group"] not in groups:
+            groups[m["group"]] = out.add_argument_group(m["group"])
+        group = groups[m["group"]]
         flag, text = "--" + f.name.replace("_", "-"), m["help"]
         shown = "" if f.default in (None, "") or "default:" in text else f" [{f.default}]"
-        if f.type is bool:
-            group.add_argument(flag, default=f.default, action=argparse.BooleanOptionalAction, help=text + f" [{'on' if f.default else 'off'}]")
-        else:
-            group.add_argument(flag, default=f.default, type=m.get("type") or type(f.default), choices=m.get("choices"),
-                               metavar=None if "choices" in m else f.name.upper()[:8], help=text + shown)
+        group.add_argument(flag, default=f.default, type=m.get("type") or type(f.default), choices=m.get("choices"),
+                           metavar=None if "choices" in m else {int: "N", float: "X", str: "TEXT"}[m.get("type") or type(f.default)], help=text + shown)
     return out
-
-
-def choose_device(config):
-    """-> (device, dtype); sets the number of threads."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0]})") from None
-    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
-    return device, getattr(torch, dtype)
 
 
 # ---- the run's folder ------------------------------------------------------------------------------------------------
@@ -148,12 +132,17 @@ def new_folder(config):
             (root / name).mkdir(parents=True)
             return root / name
         except FileExistsError:
-            pass
+            if not (root / name).exists():                # --runs itself is a file
+                break
+        except OSError as error:
+            raise UserError(f"--runs {config.runs}: no folder can be made there ({error.strerror})") from None
+    if root.exists() and not root.is_dir():
+        raise UserError(f"--runs {config.runs} is not a folder")
     raise UserError(f"--run {config.run}: {root / config.run} exists; name another run or remove it")
 
 
 def write_json(path, data):
-    fsrl.atomically(path, lambda temporary: temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8"))
+    atomically(path, lambda temporary: temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8"))
 
 
 class Log:
@@ -163,14 +152,16 @@ class Log:
         self.path = folder / "metrics.jsonl"
 
     def __call__(self, **row):
+        def plain(x):                                     # JSON has no NaN: a rate over no questions is null
+            return {k: plain(v) for k, v in x.items()} if isinstance(x, dict) else None if isinstance(x, float) and not math.isfinite(x) else x
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(plain(row)) + "\n")
 
 
 # ---- the loop ----------------------------------------------------------------------------------------------------------
 
 def pair_order(pairs, per_step, seed):
-    """Without end: the indices of the pairs of each step, every pair once an epoch (the last few may wait for the next).
+    """Without end: the indices of the pairs of each step, every pair once an epoch (but for a remainder, drawn anew each time).
 
     An epoch is shuffled, cut into pools of 16 steps, sorted by length within a pool, so that rows of a step are alike
     and little is padding, and its steps are shuffled again.
@@ -182,6 +173,7 @@ def pair_order(pairs, per_step, seed):
         order = torch.randperm(len(pairs), generator=g).tolist()
         while len(order) < per_step:                      # fewer pairs than one step wants: go round
             order += order
+        del order[len(order) // per_step * per_step:]     # the remainder goes before the sorting: after it, it would be the longest
         steps = []
         for i in range(0, len(order), 16 * per_step):
             pool = sorted(order[i:i + 16 * per_step], key=length.__getitem__)
@@ -200,15 +192,17 @@ def lr_at(step, config):
     return config.lr * {"constant": 1.0, "linear": 1 - t, "cosine": 0.5 * (1 + math.cos(math.pi * t))}[config.schedule]
 
 
-def kept_prefix(model, batch, index, layer, kept):
-    """The output of the frozen blocks 0..layer, from memory where every row has been there before."""
-    if kept is None:
-        return simpo.prefix(model, batch, layer)
+def kept_prefix(model, batch, index, layer, kept, room):
+    """The output of the frozen blocks 0..layer, from memory where every row has been there before.
+
+    kept: {index of a pair: its states}; room: bytes that may be kept in all.
+    """
     if all(i in kept for i in index):
         return torch.stack([torch.nn.functional.pad(kept[i], (0, 0, 0, batch.ids.shape[1] - len(kept[i]))) for i in index])
     h = simpo.prefix(model, batch, layer)
-    for i, row, tokens in zip(index, h, (batch.branch >= 0).sum(-1).tolist()):
-        kept[i] = row[:tokens].clone()
+    held = sum(states.nbytes for states in kept.values()) if room else 0
+    if held + h.nbytes <= room:
+        kept |= {i: row[:tokens].clone() for i, row, tokens in zip(index, h, (batch.branch >= 0).sum(-1).tolist())}
     return h
 
 
@@ -225,33 +219,42 @@ def objective(model, batch, steering, config, l1, h=None):
 def train(config):
     """Trains, prints, saves. -> {"base": m, "trained": m, "run": folder}; m: see `measure`."""
     started = time.time()
-    device, dtype = choose_device(config)
+    # Everything a user can get wrong is looked at first, in the order of what it costs.
+    device, dtype = choose_device(config.device, config.dtype)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.run and (Path(config.runs) / config.run).exists():
+        new_folder(config)                               # says so and stops
+    if config.adapter:
+        fsrl.import_adapter(config.adapter)
     lab = config.model == "tiny/model"
-    print(f"Training an FSRL adapter with SimPO on {config.pairs}, steering {config.sae.rstrip('/')}: "
-          + (f"about {max(0.3, 0.5 + config.steps / 300 * 1.2):.0f} minutes on 2 CPU cores." if lab and config.steps > 100 else
-             "less than a minute on 2 CPU cores." if lab else "the bar below shows how long."), flush=True)
-    tokenizer = load_tokenizer(config.model)
-    pairs, cuts = simpo.encode_pairs(tokenizer, simpo.read_pairs(config.pairs, "train", config.train_pairs), config.max_length)
-    held, held_cuts = simpo.encode_pairs(tokenizer, simpo.read_pairs(config.pairs, config.eval_split, config.eval_pairs), config.max_length)
+    print(f"Training an FSRL adapter with SimPO on {config.pairs}, steering the features of {config.sae}: "
+          + ("less than a minute on 2 CPU cores." if lab and config.steps <= 100 else
+             f"about {max(1, round(0.4 + config.steps / 600)):.0f} minutes on 2 CPU cores." if lab else "the bar below will show how long it takes."), flush=True)
+    tokenizer, (meta, world) = load_tokenizer(config.model), simpo.judge_of(config.pairs)
+    records, held_records = read_splits(config)
+    pairs, cuts = simpo.encode_pairs(tokenizer, records, config.max_length)
+    held, held_cuts = simpo.encode_pairs(tokenizer, held_records, config.max_length)
     for name, some, n in (("train", pairs, cuts), (config.eval_split, held, held_cuts)):
         if not some:
             raise UserError(f"{config.pairs}: no pair of {name} is left; all {n['dropped']} have two answers that are the same within --max-length {config.max_length}")
         if n["cut"] or n["dropped"]:
             print(f"{name}: {n['cut']} pairs cut to {config.max_length} tokens, {n['dropped']} dropped (same answers after the cut), {len(some)} left")
     sae = load_sae(config.sae, dtype=dtype, device=device)
-    model = load_gemma(config.model, dtype=dtype, device=device)
-    fsrl.check_fit(model, sae)
+    fsrl.check_fit(load_config(config.model), sae)
     torch.manual_seed(config.seed)
-    adapter = fsrl.make_adapter(config.adapter, sae.d_in, sae.d_sae, activation=config.activation, init=config.init).to(device)
+    adapter = fsrl.make_adapter(config.adapter, sae.d_in, sae.d_sae, activation=config.activation, init=config.init)
+    adapter = adapter.to(device, fsrl.master_dtype(dtype))
     steering = fsrl.Steering(sae, adapter, fusion=config.fusion, positions=config.positions, top_k=config.top_k, masked=config.masked)
+    model = load_gemma(config.model, dtype=dtype, device=device)
     folder = new_folder(config)
     if config.adapter:
         fsrl.keep_source(config.adapter, folder)
     write_json(folder / "config.json", {**asdict(config), "device": device, "dtype": str(dtype).removeprefix("torch."), "sae_identity": sae.identity(),
+                                        "pairs_sha256": simpo.digest(pairs), "eval_pairs_sha256": simpo.digest(held),
                                         "versions": {"python": platform.python_version(), "torch": torch.__version__}})
     log = Log(folder)
     opening(model, tokenizer, pairs, steering)
-    meta, world = simpo.judge_of(config.pairs)
     base = measure(model, tokenizer, held, None, config, meta, world, "before")
     log(step=0, evaluation="base", **base)
 
@@ -263,7 +266,7 @@ def train(config):
         {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0, "scale": 1.0},
         {"params": thresholds, "weight_decay": 0.0, "scale": config.threshold_lr}], lr=config.lr)
     order = pair_order(pairs, config.batch_size * config.accumulation, config.seed)
-    kept = {} if config.keep_prefix else None
+    kept = {}
     window, tokens, since = [], 0, time.time()
     bar = tqdm(range(config.steps), desc="train", unit="step", dynamic_ncols=True)
     bar.write(" step    loss  penalty  margin    acc      L0      L1       lr  tokens/s")
@@ -276,22 +279,21 @@ def train(config):
         for i in range(0, len(index), config.batch_size):
             part = index[i:i + config.batch_size]
             batch = simpo.collate([pairs[j] for j in part], model.config.pad_token_id).to(device)
-            h = kept_prefix(model, batch, part, sae.layer, kept)
+            h = kept_prefix(model, batch, part, sae.layer, kept, config.keep_prefix * 1e9)
             total, shown = objective(model, batch, steering, config, l1, h)
             (total.sum() / len(index)).backward()                  # a mean over all pairs of the step, however it is cut
             window.append(shown)
             tokens += int((batch.branch >= 0).sum())
-            if not torch.isfinite(total).all():
-                bar.close()
-                saved = step // config.save_every * config.save_every
-                raise FloatingPointError(f"the loss is not a number at step {step + 1}; "
-                                         + (f"{folder} keeps the adapter of step {saved}" if saved else f"nothing was saved yet in {folder}")
-                                         + "; a lower --lr is the first thing to try")
-        if config.grad_clip:
-            torch.nn.utils.clip_grad_norm_(adapter.parameters(), config.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(adapter.parameters(), config.grad_clip or math.inf)
+        if not (all(torch.isfinite(shown["loss"]).all() for shown in window) and torch.isfinite(norm)):
+            bar.close()                                            # before the step: the adapter is still the last good one
+            saved = step // config.save_every * config.save_every
+            raise FloatingPointError(f"the loss or its gradient is not a number at step {step + 1}; "
+                                     + (f"{folder} keeps the adapter of step {saved}" if saved else f"nothing was saved yet in {folder}")
+                                     + "; a lower --lr is the first thing to try")
         optimizer.step()
-        if hasattr(adapter, "project"):
-            adapter.project()
+        if callable(project := getattr(adapter, "project", None)) and not isinstance(project, torch.nn.Module):
+            project()
         last = step + 1 == config.steps
         if (step + 1) % config.log_every == 0 or last:
             row = {name: torch.cat([shown[name] for shown in window]).mean().item() for name in window[0]}
@@ -314,6 +316,18 @@ def train(config):
 
 
 # ---- what is measured and printed ----------------------------------------------------------------------------------------
+
+def read_splits(config):
+    """Training and held-out records; of a single file the last tenth is held out."""
+    if not Path(config.pairs).is_file():
+        return (simpo.read_pairs(config.pairs, split, n) for split, n in (("train", config.train_pairs), (config.eval_split, config.eval_pairs)))
+    records = simpo.read_pairs(config.pairs)
+    held = max(1, len(records) // 10)
+    if len(records) < 2:
+        raise UserError(f"{config.pairs}: one pair is too few; one has to be held out")
+    print(f"{config.pairs} is one file: its last {held} of {len(records)} pairs are held out")
+    return records[:-held][:config.train_pairs], records[-held:][:config.eval_pairs]
+
 
 def measure(model, tokenizer, pairs, steering, config, meta, world, when):
     """simpo.evaluate, and on the lab what the answers do:
@@ -382,7 +396,7 @@ def closing(base, trained, meta, world, config, d_sae):
     if "answers" in base and trained["parse_sampled"] < base["parse_sampled"] - 0.03:
         print("The text broke: fewer answers are well-formed than before. A low loss does not make up for that; raise --nll-weight or lower --lr.")
     if config.loss == "sigmoid" and not config.label_smoothing:
-        flat = math.log1p(math.exp(config.beta * config.gamma_ratio))
+        flat = simpo.simpo_loss(torch.zeros(1), torch.zeros(1), config.beta, config.gamma_ratio).item()
         print(f"(Loss {flat:.3f} is that of no preference at all; shrinking every margin towards 0 also leads there.)")
 
 

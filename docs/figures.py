@@ -50,7 +50,7 @@ def main(argv=None):
     steps = [r for r in rows if "evaluation" not in r]
     right.plot([r["step"] for r in steps], [r["loss"] for r in steps], color="#33557f", label="training batches")
     right.errorbar([0, trained["step"]], [base["loss"], trained["loss"]], yerr=[base["loss_se"], trained["loss_se"]], fmt="o", color="black", capsize=3, label="held-out pairs ± s.e.")
-    flat = math.log1p(math.exp(config["beta"] * config["gamma_ratio"]))
+    flat = math.log1p(math.exp(min(700, config["beta"] * config["gamma_ratio"])))
     right.axhline(flat, color="0.5", ls="--", lw=1)
     right.text(trained["step"], flat, f"no preference at all: {flat:.3f}", ha="right", va="bottom", color="0.4", fontsize=9)
     right.set_ylim(0, max(flat * 1.1, base["loss"] * 1.1))

@@ -57,6 +57,7 @@ def mutant(name, *changes):
         source = source.replace(old, new)
     spec = importlib.util.spec_from_loader(f"broken_{name}", loader=None)
     module = importlib.util.module_from_spec(spec)
+    module.__file__ = str(ROOT / f"{name}.py")
     sys.modules[spec.name] = module          # dataclasses look their module up
     exec(compile(source, f"broken_{name}.py", "exec"), module.__dict__)
     return module

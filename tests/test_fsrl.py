@@ -141,8 +141,24 @@ def test_top_k_and_masks():
             Steering(sae, adapter, **bad)
 
 
+def test_statistics_leave_out_bos_and_padding():
+    """L0 and L1 of a pair against a loop over its steered tokens; counting BOS, or padding as the authors' code does, gives other numbers."""
+    model, sae, adapter, steering = set_up()
+    pairs = some_pairs([(5, 4, 7), (2, 2, 2)])
+    batch = collate(pairs)
+    *_, l0, l1 = steered_logps(model, batch, steering)
+    h = model.blocks(model.embed(batch.ids), 0, 2, positions=batch.position, mask=batch.mask())
+    for b in range(2):
+        v = torch.stack([adapter(h[b, t]) for t in range(batch.ids.shape[1]) if batch.position[b, t] > 0])
+        assert off(l1[b], v.abs().sum(-1).mean()) < 1e-5 and off(l0[b], (v != 0).float().sum(-1).mean()) < 1e-5
+        everything = adapter(h[b])
+        assert off(l1[b], everything.abs().sum(-1).mean()) > 1e-2
+    *_, alone_l0, alone_l1 = steered_logps(model, collate(pairs[1:]), steering)
+    assert off(alone_l1[0], l1[1]) < 1e-5 and off(alone_l0[0], l0[1]) < 1e-5
+
+
 def test_statistics_by_hand():
-    """L0 and L1 are means over a pair's steered tokens, and BOS and padding are none."""
+    """A v that is the same everywhere: two features move, by 2.0 together."""
     model, sae, adapter, _ = set_up()
     with torch.no_grad():
         adapter.adapter_linear.weight.zero_(), adapter.adapter_linear.bias.zero_(), adapter.soft_threshold.fill_(0.5)
@@ -150,8 +166,6 @@ def test_statistics_by_hand():
     for positions in fsrl.POSITIONS:
         *_, l0, l1 = steered_logps(model, collate(some_pairs([(5, 4, 7), (2, 2, 2)])), Steering(sae, adapter, positions=positions))
         assert off(l0, torch.full((2,), 2.0)) < 1e-6 and off(l1, torch.full((2,), 2.0)) < 1e-6
-    # the authors' way, padding and all in the mean, would give less for the shorter pair
-    assert off(l1 * torch.tensor([16, 6]) / 16, l1) > 0.5
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------------
@@ -190,6 +204,33 @@ def test_the_authors_files(tmp_path):
             write(config, **tensors)
 
 
+def test_a_subclass_is_somebody_elses(tmp_path):
+    """An adapter with a forward of its own never loads as ours, whatever its attributes are called."""
+    class Twice(Adapter):
+        def forward(self, x):
+            return 2 * super().forward(x)
+    _, sae, _, steering = set_up()
+    save_adapter(Twice(sae.d_in, sae.d_sae), tmp_path, **fsrl.steering_facts(steering, "m"))
+    with pytest.raises(UserError, match="--adapter FILE.py:Twice"):
+        load_adapter(tmp_path)
+    assert isinstance(load_adapter(tmp_path, Twice)[0], Twice)
+
+
+def test_half_precision():
+    """bf16 weights beside a float32 adapter: v and its sums are float32, also for an adapter that computes in bf16."""
+    model, sae, adapter, _ = set_up()
+    model, sae = model.to(torch.bfloat16), small_sae(model, dtype=torch.bfloat16)
+    steering, batch = Steering(sae, adapter), collate(some_pairs([(5, 4, 7), (2, 3, 1)]))
+    v = steering.features(torch.randn(3, 24).bfloat16())
+    assert v.dtype == torch.float32
+    chosen, rejected, l0, l1 = steered_logps(model, batch, steering)
+    assert {x.dtype for x in (chosen, rejected, l0, l1)} == {torch.float32}
+    (simpo_loss(chosen, rejected) + l1).sum().backward()
+    assert adapter.adapter_linear.weight.grad.dtype == torch.float32 and adapter.adapter_linear.weight.grad.abs().sum() > 0
+    own = torch.nn.Sequential(torch.nn.Linear(24, 32))
+    assert Steering(sae, own).features(torch.randn(3, 24).bfloat16()).dtype == torch.float32
+
+
 def test_nothing_is_half_written(tmp_path):
     _, _, adapter, steering = set_up()
     save_adapter(adapter, tmp_path)
@@ -197,6 +238,7 @@ def test_nothing_is_half_written(tmp_path):
     with pytest.raises(RuntimeError):
         fsrl.atomically(tmp_path / fsrl.WEIGHTS, lambda path: (path.write_bytes(b"half"), (_ for _ in ()).throw(RuntimeError("disk full")))[0])
     assert all(torch.equal(a, b) for a, b in zip(before.values(), load_file(tmp_path / fsrl.WEIGHTS).values()))
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_layer_and_width_have_to_fit():
@@ -205,10 +247,10 @@ def test_layer_and_width_have_to_fit():
         for name, value in change.items():
             setattr(sae, name, value)
         with pytest.raises(UserError, match=message):
-            fsrl.check_fit(model, sae)
+            fsrl.check_fit(model.config, sae)
     with pytest.raises(UserError, match="width 24"):
         sae.layer = 1
-        fsrl.check_fit(small_gemma(hidden_size=16), sae)
+        fsrl.check_fit(small_gemma(hidden_size=16).config, sae)
 
 
 def test_side_by_side():

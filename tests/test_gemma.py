@@ -50,9 +50,8 @@ BROKEN = {
     "no window": ("(ago < self.config.sliding_window)", "(ago < 10**9)", "block 0"),
     "window off by one": ("(ago < self.config.sliding_window)", "(ago <= self.config.sliding_window)", "block 0"),
     "no attention soft-cap": ("torch.tanh(q @ k.transpose(-1, -2))", "(q @ k.transpose(-1, -2))", "block 0"),
-    "no final soft-cap": ("return cap * torch.tanh(F.linear(hidden, self.embed_tokens.weight) / cap)", "return F.linear(hidden, self.embed_tokens.weight)", "logits"),
-    "final soft-cap twice": ("return cap * torch.tanh(F.linear(hidden, self.embed_tokens.weight) / cap)",
-                             "return cap * torch.tanh(torch.tanh(F.linear(hidden, self.embed_tokens.weight) / cap))", "logits"),
+    "no final soft-cap": ("cap * torch.tanh(z / cap)", "z", "logits"),
+    "final soft-cap twice": ("cap * torch.tanh(z / cap)", "cap * torch.tanh(torch.tanh(z / cap))", "logits"),
     "no embedding scale": ("return h * torch.tensor(math.sqrt(self.config.hidden_size), dtype=h.dtype)", "return h", "embed"),
     "w instead of 1 + w": ("(1.0 + self.weight.to(y.dtype))", "self.weight.to(y.dtype)", "block 0"),
     "scores scaled by head_dim": ("c.query_pre_attn_scalar ** -0.5", "c.head_dim ** -0.5", "block 0"),
@@ -177,8 +176,8 @@ def test_every_generated_token_is_steered(positions, before):
     assert len(new) == 5 and edit.count == before + 4
 
 
-def test_generation_notices_a_cache_that_forgets_the_edit():
-    """The check above can fail: a cache that is one token off gives other tokens."""
+def test_generation_notices_a_cache_that_is_off_by_one():
+    """The comparison with uncached generation can fail: a cache that overwrites the prompt's last token gives other tokens."""
     broken = mutant("gemma", ("cache.length += T", "cache.length += T - (T > 1)"))
     model = talker(3)
     other = broken.Gemma(broken.GemmaConfig(**CONFIG))
@@ -257,7 +256,8 @@ def test_loading_is_strict(tmp_path, damage, message):
 
 
 def test_wrong_folders(tmp_path):
-    for source, message in ((tmp_path / "nowhere", "no such folder"), (tmp_path, "no such file"), ("google/gemma-3-1b-pt", "could not be asked")):
+    for source, message in ((tmp_path / "nowhere", "no such folder"), (tmp_path, "no such file"), ("google/gemma-3-1b-pt", "could not be asked"),
+                            ("../models", "not a Hub repo id"), ("a/b..c", "could not be asked")):
         with pytest.raises(UserError, match=message):
             load_gemma(source)
     folder = write_model(tmp_path / "g3", small_gemma(), model_type="gemma3_text")
@@ -266,6 +266,15 @@ def test_wrong_folders(tmp_path):
     folder = write_model(tmp_path / "torn", small_gemma())
     (folder / "model.safetensors").write_bytes(b"not this")
     with pytest.raises(UserError, match="not a readable safetensors"):
+        load_gemma(folder)
+
+
+@pytest.mark.parametrize("changes, message", [({"attn_logit_softcapping": None}, "attn_logit_softcapping is None"), ({"tie_word_embeddings": False}, "Gemma-2 has True"),
+                                              ({"hidden_activation": "relu"}, "Gemma-2 has 'gelu_pytorch_tanh'"), ({"num_hidden_layers": "4"}, "a number is needed"),
+                                              ({"layer_types": ["full_attention"] * 4}, "does not alternate"), ({"rope_scaling": {"factor": 8}}, "no RoPE scaling")])
+def test_configs_that_are_not_gemma_2(tmp_path, changes, message):
+    folder = write_model(tmp_path, small_gemma(), **changes)
+    with pytest.raises(UserError, match=message):
         load_gemma(folder)
 
 

@@ -49,14 +49,16 @@ def test_parser_inverts_the_grammar():
 
 def test_parser_is_strict():
     vocabulary = sorted({piece for _, _, text, _ in answers(500) for piece in world.pieces(text)})
-    noticed = tried = 0
+    rejected = tried = 0
     for q, choices, text, rng in answers():
         old = [*world.pieces(text), world.END]
         i = rng.randrange(len(old))
         for new in (old[:i] + old[i + 1:], old[:i] + [old[i]] + old[i:], old[:i] + [rng.choice(vocabulary)] + old[i + 1:]):
             if new != old:
-                tried, noticed = tried + 1, noticed + (world.parse(q, new) != choices)
-    assert noticed / tried > 0.95
+                parsed = world.parse(q, new)
+                assert parsed != choices, "one set of choices has one writing"
+                tried, rejected = tried + 1, rejected + (parsed is None)
+    assert rejected / tried > 0.95
     q = world.Question("fact", world.PEOPLE[0], "color", 0)
     assert world.parse(q, [*world.pieces(f"The color of {world.PEOPLE[1]} is red."), world.END]) is None, "an answer about somebody else"
     assert world.parse(q, world.pieces("It is red.")) is None, "no end"
@@ -145,7 +147,7 @@ def test_measured_quality_reaches_its_aims():
     model, sae = QUALITY["model"], QUALITY["sae"]
     assert model["ratio"] <= 1.05 and model["samples_that_parse"] >= 0.97
     assert sae["fvu"] <= 0.05 and sae["l0"] <= 32 and sae["width"] >= 1024 and sae["dead"] <= 0.05
-    assert QUALITY["parser"]["damaged_answers_noticed"] >= 0.95
+    assert QUALITY["parser"]["damaged_answers_rejected"] >= 0.95
     readme = (TINY / "README.md").read_text(encoding="utf-8")
     for shown in (f"{model['ratio']:.3f}", f"{model['samples_that_parse']:.1%}", f"{sae['fvu']:.4f}", f"{sae['l0']:.1f}", *(f"{w['bayes_accuracy']:.1%}" for w in QUALITY["worlds"].values())):
         assert f"| {shown} |" in readme
@@ -205,7 +207,6 @@ def test_a_world_of_ones_own(tmp_path, capsys):
     assert json.loads((tmp_path / "pairs" / "mine" / "meta.json").read_text())["weights"] == {"heading": 2.0, "truth": -1.0}
     assert make.main(command) == 2 and "exists" in capsys.readouterr().err
     for bad, message in (("x=1", "'x' is no choice"), ("heading=a", "not of the form")):
-        assert make.main([*command[:4], "other", "--weights", bad]) in (2,) or True
         assert make.main(["pairs", "--out", str(tmp_path), "--world", "other", "--weights", bad]) == 2 and message in capsys.readouterr().err
 
 

@@ -146,7 +146,7 @@ def test_states_leave_out_bos_and_padding():
 
 def test_command_line(tmp_path, capsys):
     text = tmp_path / "t.txt"
-    text.write_text("The color of Mara is red.\nIt is blue.\n" * 150)
+    text.write_text("The color of Mara is red.\nIt is blue.\n" * 300)
     out = tmp_path / "out"
     assert sae_module.main(["--text", str(text), "--out", str(out), "--width", "64", "--l0", "8", "--steps", "20"]) == 0
     assert "FVU" in capsys.readouterr().out and len(list(out.glob("layer_3/width_64/average_l0_*/params.npz"))) == 1

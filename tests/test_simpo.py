@@ -101,7 +101,7 @@ def test_adapter_gradients(dtype, tolerance):
     assert want.norm() > 0.01 and relative(got, want) < tolerance
     assert all(p.grad is None for p in (*model.parameters(), *sae.parameters()))
     # the broken variant: a head whose gradient forgets the slope of the soft-cap
-    broken = mutant("simpo", ("slope[i:i + rows] = (1 - y * y)[:, None] * own", "slope[i:i + rows] = own"))
+    broken = mutant("simpo", ("((rest * (1 - y * y))[:, None] * own - pull)", "(rest[:, None] * own - pull)"))
     chosen, rejected, _, _ = broken.steered_logps(model, broken.collate(pairs), Steering(sae, adapter))
     assert relative(gradients(adapter, simpo_loss(chosen, rejected, 2.0).mean()), want) > 10 * tolerance
 
@@ -178,6 +178,25 @@ def test_head_of_half_precision_sums_in_float32():
     assert got.dtype == torch.float32 and off(got.double(), want) < 1e-5
 
 
+@pytest.mark.parametrize("module", ["real", "cancelling"])
+def test_head_gradient_of_confident_tokens_in_bf16(module):
+    """p of the target above .99: the gradient is a small rest, which is lost where the target's own term is summed and then taken off."""
+    m = simpo if module == "real" else mutant("simpo", ("e[here, at[here]] = 0.0", "pass"), ("rest, total = total, total + (cap * (y - 1)).exp()", "rest = total"))
+    g = torch.Generator().manual_seed(2)
+    W, target = torch.randn(2000, 64, generator=g).bfloat16(), torch.arange(40)
+    x = (W[:40].float() * 0.35 + 0.02 * torch.randn(40, 64, generator=g)).bfloat16()
+    def slopes(x, head):
+        x = x.clone().requires_grad_()
+        p = head(x)
+        p.sum().backward()
+        return p.detach(), x.grad.double()
+    logp, want = slopes(x.double(), lambda x: (30 * torch.tanh(x @ W.double().T / 30)).log_softmax(-1)[torch.arange(40), target])
+    assert logp.exp().median() > 0.99
+    _, got = slopes(x, lambda x: m.token_logps(x, W, target, 30.0))
+    errors = (got - want).norm(dim=-1) / want.norm(dim=-1)
+    assert bool(errors.median() < 0.01) is (module == "real")
+
+
 # ---- the loss --------------------------------------------------------------------------------------------------------------
 
 def test_simpo_by_hand():
@@ -239,10 +258,16 @@ def test_parquet(tmp_path):
     (tmp_path / "data").mkdir()
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "data" / "train-00000-of-00001.parquet")
     assert [r["rejected"] for r in read_pairs(tmp_path)] == ["b"] * 3
+    (tmp_path / "data" / "train-00000-of-00001.parquet").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(UserError, match="not a readable parquet"):
+        read_pairs(tmp_path)
 
 
 @pytest.mark.parametrize("line, message", [
     ({"prompt": "x"}, "line 2: chosen is missing"), ({**GOOD, "rejected": " "}, "line 2: rejected is empty"), ('{"prompt": ', "line 2: not valid JSON"),
+    ({**GOOD, "prompt": [1]}, "line 2: prompt holds a message"), ({**GOOD, "prompt": [{"role": "user"}]}, "line 2: prompt holds a message"),
+    ({**GOOD, "chosen": [{"content": "x"}, {"role": "assistant", "content": "y"}]}, "line 2: chosen holds a message"), ({**GOOD, "chosen": "\ud800"}, "line 2: chosen holds a lone"),
+    ({"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "y"}], "rejected": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "z"}]}, "different prompts"),
     ({**GOOD, "prompt": ""}, "line 2: prompt is missing"), ([1], "line 2: a pair is an object"), ({**GOOD, "chosen": [{"role": "user", "content": "x"}]}, "line 2: chosen is a list"),
 ])
 def test_bad_lines_are_named(tmp_path, line, message):

@@ -81,7 +81,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path):
     assert run(tmp_path, "--run", "a") == run(tmp_path, "--run", "b") == run(tmp_path, "--run", "c", "--seed", "1") == 0
     a, b, c = (load_file(tmp_path / name / fsrl.WEIGHTS) for name in "abc")
     assert all(torch.equal(a[k], b[k]) for k in a) and not torch.equal(a["adapter_linear.weight"], c["adapter_linear.weight"])
-    d = train.train(TrainConfig(steps=4, eval_pairs=24, train_pairs=60, batch_size=8, runs=str(tmp_path), keep_prefix=False))
+    d = train.train(TrainConfig(steps=4, eval_pairs=24, train_pairs=60, batch_size=8, runs=str(tmp_path), keep_prefix=0.0))
     d = load_file(f"{d['run']}/{fsrl.WEIGHTS}")
     assert relative(d["adapter_linear.weight"], a["adapter_linear.weight"]) < 1e-4
 
@@ -111,7 +111,7 @@ def test_help_explains_every_setting(capsys):
     (["--stepz", "3"], "unrecognized arguments: --stepz"), (["--steps", "0"], "--steps is 0; it has to be at least 1"), (["--lr", "-1"], "--lr is -1.0; it has to be above 0"),
     (["--lr", "nan"], "--lr is nan"), (["--beta", "x"], "--beta"), (["--activation", "tanh"], "--activation"), (["--device", "tpu"], "--device tpu cannot be used"),
     (["--pairs", "nowhere"], "nowhere: no such folder"), (["--model", "nowhere"], "nowhere: no such folder"), (["--sae", "nowhere"], "nowhere: no such folder"),
-    (["--max-length", "2"], "--max-length is 2"), (["--max-length", "3"], "within --max-length 3"), (["--mask", "a"], "--mask is 'a'"), (["--mask", "99999"], "masked feature 99999"),
+    (["--max-length", "2"], "--max-length is 2"), (["--mask", "a"], "--mask is 'a'"), (["--mask", "99999"], "masked feature 99999"),
     (["--top-k", "1.5"], "--top-k is 1.5"), (["--run", "a/b"], "plain name"), (["--label-smoothing", "0.7"], "at most 0.5"), (["--adapter", "x.py"], "FILE.py:ClassName"),
     (["--adapter", "none.py:A"], "there is no file"), (["--eval-split", "nope"], "no pairs of the split 'nope'"),
 ])
@@ -120,6 +120,13 @@ def test_mistakes_cost_one_sentence(tmp_path, args, message, capsys):
     err = capsys.readouterr().err.strip().splitlines()
     assert message in err[-1] and not any("Traceback" in line for line in err)
     assert not (tmp_path / "runs").exists(), "nothing is written before everything is checked"
+
+
+def test_no_pair_is_left(tmp_path, capsys):
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "p", "chosen": "It is a.", "rejected": "It is b."}) + "\n")
+    (tmp_path / "test.jsonl").write_text((tmp_path / "train.jsonl").read_text())
+    assert run(tmp_path / "runs", "--pairs", str(tmp_path), "--max-length", "4") == 2
+    assert "no pair of train is left; all 1 have two answers that are the same within --max-length 4" in capsys.readouterr().err
 
 
 def test_an_existing_run_is_not_overwritten(tmp_path, capsys):
@@ -150,7 +157,7 @@ def test_a_loss_that_is_no_number(tmp_path, capsys, monkeypatch):
         return total * (float("nan") if len(calls) == 4 else 1.0), shown
     monkeypatch.setattr(train, "objective", poisoned)
     assert run(tmp_path) == 1
-    assert "the loss is not a number at step 4" in (err := capsys.readouterr().err) and "keeps the adapter of step 2" in err
+    assert "is not a number at step 4" in (err := capsys.readouterr().err) and "keeps the adapter of step 2" in err
     assert json.loads((tmp_path / "style-1" / fsrl.CONFIG).read_text())["step"] == 2
     assert all(torch.isfinite(t).all() for t in load_file(tmp_path / "style-1" / fsrl.WEIGHTS).values())
 
@@ -170,6 +177,27 @@ LOW_RANK = """    def __init__(self, d_in, d_sae):
     def forward(self, x):
         return torch.relu(self.up(self.down(x)))
 """
+
+
+def test_own_adapter_with_the_names_of_ours(tmp_path):
+    """Attributes called `activation` and `project` are the student's own business; a dataclass and a file beside it work."""
+    (tmp_path / "beside.py").write_text("RANK = 4\n")
+    spec = write_adapter(tmp_path, LOW_RANK.replace("        self.down", "        self.activation, self.project = 'relu', nn.Linear(RANK, 2)\n        self.down"))
+    (tmp_path / "my_adapter.py").write_text("from __future__ import annotations\nfrom beside import RANK\n" + (tmp_path / "my_adapter.py").read_text())
+    assert run(tmp_path / "runs", "--adapter", spec) == 0 and fsrl.load_run(tmp_path / "runs" / "style-1", adapter=spec)
+
+
+def test_float64_and_bf16(tmp_path):
+    for dtype in ("float64", "bfloat16"):
+        assert run(tmp_path, "--dtype", dtype, "--run", dtype, "--eval-pairs", "8") == 0
+        assert fsrl.load_run(tmp_path / dtype).model.norm.weight.dtype == getattr(torch, dtype)
+
+
+def test_one_file_of_pairs(tmp_path, capsys):
+    lines = (ROOT / "tiny" / "pairs" / "style" / "dev.jsonl").read_text().splitlines()[:40]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    assert run(tmp_path / "runs", "--pairs", str(tmp_path / "mine.jsonl")) == 0
+    assert "its last 4 of 40 pairs are held out" in capsys.readouterr().out and (tmp_path / "runs" / "mine-1" / "config.json").exists()
 
 
 def test_own_adapter(tmp_path, capsys):
@@ -202,6 +230,11 @@ def test_order_of_pairs():
     order = train.pair_order(pairs, 8, seed=3)
     epoch = [next(order) for _ in range(80)]
     assert sorted(i for step in epoch for i in step) == list(range(640))
+    some, seen = pairs[:60], set()                       # a remainder of 28: it is another one each epoch, not the longest
+    order = train.pair_order(some, 32, seed=0)
+    for _ in range(40):
+        seen |= set(next(order))
+    assert seen == set(range(60))
     again = train.pair_order(pairs, 8, seed=3)
     assert [next(again) for _ in range(80)] == epoch and next(train.pair_order(pairs, 8, seed=4)) != epoch[0]
     width = lambda some: max(len(pairs[i].prompt) for i in some) - min(len(pairs[i].prompt) for i in some)      # noqa: E731
@@ -236,6 +269,6 @@ def test_accumulation_is_one_batch(tmp_path, module):
 
 def test_config_takes_a_whole_number_for_a_float_and_nothing_else():
     assert TrainConfig(lr=1).lr == 1.0
-    for bad in ({"steps": 1.5}, {"lr": "1"}, {"keep_prefix": 1}, {"steps": True}):
+    for bad in ({"steps": 1.5}, {"lr": "1"}, {"keep_prefix": True}, {"steps": True}):
         with pytest.raises(UserError, match="it has to be of type"):
             TrainConfig(**bad)

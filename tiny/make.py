@@ -62,7 +62,7 @@ def make_tokenizer(out):
                                      fuse_unk=True, ignore_merges=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(world.PIECES), "isolated")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Replace("▁", " ")])
     tokenizer.add_special_tokens(CONTROL)
     tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", names.index("<bos>"))])
     write(out / "model" / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
@@ -278,23 +278,23 @@ def measure(out, count):
     entropy = -sum(world.log_probability(q, choices) for q, (choices, _) in zip(asked, said))
     rates, _ = simpo.behave(model, tokenizer, asked, world, temperature=1.0, seed=1)
     x = collect(model, chats(vocab, count, "report"), LAYER, progress=False)
-    garbled, tried, pieces = 0, 0, sorted(name for name, i in vocab.items() if i >= 262)
+    rejected, tried, pieces = 0, 0, sorted(name for name, i in vocab.items() if i >= 262)
     for q, (choices, text) in zip(asked, said):
         old = [*world.pieces(text), world.END]
         i, how = rng.randrange(len(old)), rng.randrange(3)
         new = old[:i] + ([], [old[i]] * 2, [rng.choice(pieces)])[how] + old[i + 1:]
         if new != old:
-            tried, garbled = tried + 1, garbled + (world.parse(q, new) != choices)
+            tried, rejected = tried + 1, rejected + (world.parse(q, new) is None)
     worlds = {path.parent.name: json.loads(path.read_text()) for path in sorted((out / "pairs").glob("*/meta.json"))}
     return {"model": {"parameters": sum(p.numel() for p in model.parameters()), "cross_entropy": cross / tokens, "true_entropy": entropy / tokens,
                       "ratio": cross / entropy, "answers": count, "samples_that_parse": rates["parse"],
                       "truth": rates["truth"], "admit": rates["admit"], "decline": rates["decline"]},
             "sae": {**quality(sae, x), "width": sae.d_sae, "loss_added": (spliced - cross) / tokens},
-            "parser": {"damaged_answers_noticed": garbled / tried},
+            "parser": {"damaged_answers_rejected": rejected / tried},
             "worlds": {name: {k: meta[k] for k in ("tie_rate", "bayes_accuracy", "longer_accuracy")} for name, meta in worlds.items()}}
 
 
-def make_report(out, count, minutes=None):
+def make_report(out, count):
     q = measure(out, count)
     write(out / "quality.json", json.dumps(q, indent=2) + "\n")
     m, s = q["model"], q["sae"]
@@ -308,7 +308,7 @@ def make_report(out, count, minutes=None):
              f"| harmful requests declined (planted {sum(world.RATES['decline']) / 2:.0%}) | {m['decline']:.1%} | |",
              f"| SAE: features | {s['width']} | ≥ 1024 |", f"| FVU | {s['fvu']:.4f} | ≤ 0.05 |", f"| L0 | {s['l0']:.1f} | ≤ 32 |",
              f"| dead features | {s['dead']:.1%} | ≤ 5% |", f"| loss added by its reconstruction, nats a token | {s['loss_added']:.4f} | |",
-             f"| parser: answers with one damaged token that are noticed | {q['parser']['damaged_answers_noticed']:.1%} | ≥ 95% |", "",
+             f"| parser: answers with one damaged token that it rejects (the rest parse to other choices) | {q['parser']['damaged_answers_rejected']:.1%} | ≥ 95% |", "",
              "| world | tied utilities | best possible accuracy | \"the longer one is chosen\" |", "|---|---|---|---|"]
     lines += [f"| {name} | {w['tie_rate']:.1%} | {w['bayes_accuracy']:.1%} | {w['longer_accuracy']:.1%} |" for name, w in q["worlds"].items()]
     readme = out / "README.md"
@@ -347,6 +347,13 @@ def main(argv=None):
     try:
         if bool(args.world) != bool(args.weights) or args.world and args.stage != "pairs":
             raise UserError("--world and --weights go together, with the stage pairs")
+        if args.threads < 1 or not args.scale > 0 or min(args.model_steps, args.sae_steps, args.sae_rows) < 1:
+            raise UserError("--threads, --scale, --model-steps, --sae-steps and --sae-rows have to be above 0")
+        if args.world and Path(args.world).name != args.world:
+            raise UserError(f"--world is {args.world!r}; it has to be the plain name of a folder")
+        for stage, needs in (("model", "model/tokenizer.json"), ("sae", "model/model.safetensors"), ("report", "pairs/style/meta.json")):
+            if args.stage == stage and not (args.out / needs).exists():
+                raise UserError(f"the stage {stage} needs {args.out / needs}, which an earlier stage makes")
         worlds = world.WORLDS
         if args.world:
             if (args.out / "pairs" / args.world).exists():
@@ -384,8 +391,10 @@ def parse_weights(text):
             raise UserError(f"--weights: {name.strip()!r} is no choice; there are {', '.join(world.CHOICES)}")
         try:
             weights[name.strip()] = float(value)
+            if not abs(float(value)) < 100:
+                raise ValueError
         except ValueError:
-            raise UserError(f"--weights: {part.strip()!r} is not of the form choice=number") from None
+            raise UserError(f"--weights: {part.strip()!r} is not of the form choice=number (between -100 and 100)") from None
     return weights
 
 

@@ -112,8 +112,8 @@ def grammar(q):
     """All answers to a question, as a coroutine: it yields (choice, texts of its options), is sent the index that was
     chosen, and has said that text. A choice of None is no choice. Option 0 of a yes-or-no choice is "no".
 
-    At any point the options differ in their first token, or one of them is empty and what can follow it differs:
-    that is what makes the grammar parse from left to right and its probabilities split (see `settles`).
+    Yes and no differ in their first token, and so do the options of a choice between values; where "no" is empty, what can
+    follow it begins differently. That makes the grammar parse from left to right and its probabilities split (see `settles`).
     """
     yield "heading", ["", "# Answer\n", f"# {q.relation.capitalize()}\n"]
     yield "opener", ["", "Sure!\n", "Great question!\n", "Of course!\n"]
@@ -214,7 +214,7 @@ PIECES = r"▁?[A-Za-z]+|▁?\*\*|-▁|\n+|▁?."
 END = "<end_of_turn>"
 
 
-@lru_cache(None)
+@lru_cache(2**14)
 def pieces(text):
     """Token strings of a text; make.py's tokenizer cuts in the same places."""
     return tuple(re.findall(PIECES, text.replace(" ", "▁")))
@@ -253,7 +253,8 @@ def parse(q, tokens):
 def settles(q, choices):
     """For each token of an answer (end token included) the choices it settles, in the grammar's order.
 
-    Each is (choice, starts, index): `starts` are the first tokens of the choice's options, None for an empty one.
+    Each is (choice, starts, index): `starts` are the first tokens of the choice's options, None for an empty one (variants
+    of one option may share theirs, so take the set of them: which variant it was is settled later and belongs to no choice).
     The first token of a plain answer settles many: no heading, no opener, no bullets. Their shares of its
     log-probability follow from the one softmax p by the chain rule: with `mass` = 1 to begin with,
 
@@ -285,7 +286,7 @@ def settles(q, choices):
 
 def utility(q, choices, weights):
     """u = sum of the weights of the choices made."""
-    return sum(weights.get(name, 0.0) for name, index in choices.items() if is_on(q, name, index))
+    return round(sum(weights.get(name, 0.0) for name, index in choices.items() if is_on(q, name, index)), 9)     # .1 + .2 is .3
 
 
 def behaviour(questions, answers):
@@ -327,7 +328,7 @@ WORLDS = {
 
 
 def sigmoid(x):
-    return 1 / (1 + math.exp(-x))
+    return 1 / (1 + math.exp(-x)) if x > 0 else math.exp(x) / (1 + math.exp(x))
 
 
 def pair(q, rng, weights):
