@@ -252,6 +252,7 @@ def train(config):
         fsrl.keep_source(config.adapter, folder)
     write_json(folder / "config.json", {**asdict(config), "device": device, "dtype": str(dtype).removeprefix("torch."), "sae_identity": sae.identity(),
                                         "pairs_sha256": simpo.digest(pairs), "eval_pairs_sha256": simpo.digest(held),
+                                        "d_sae": sae.d_sae, "date": time.strftime("%Y-%m-%d"), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
                                         "versions": {"python": platform.python_version(), "torch": torch.__version__}})
     log = Log(folder)
     opening(model, tokenizer, pairs, steering)
@@ -308,10 +309,12 @@ def train(config):
     adapter.eval()
     trained = measure(model, tokenizer, held, steering, config, meta, world, "after")
     log(step=config.steps, evaluation="trained", **trained)
-    closing(base, trained, meta, world, config, sae.d_sae)
+    seconds = time.time() - started
+    log(step=config.steps, seconds=seconds)
+    print("\n" + closing(base, trained, meta, config, sae.d_sae))
     examples(model, tokenizer, held, steering)
     flag = f" --adapter {config.adapter}" if config.adapter else ""
-    print(f"\n{time.time() - started:.0f} s. The run lies in {folder}. Next: talk to it with\n    python fsrl.py {folder}{flag}")
+    print(f"\n{seconds:.0f} s. The run lies in {folder}. Next: talk to it with\n    python fsrl.py {folder}{flag}")
     return {"base": base, "trained": trained, "run": str(folder)}
 
 
@@ -335,14 +338,14 @@ def measure(model, tokenizer, pairs, steering, config, meta, world, when):
     parse_greedy, parse_sampled (shares of well-formed answers), truth (fact questions answered truly, sampled),
     style (mean rate of the style choices that are rewarded, sampled), greedy and sampled (the rate of every choice)
     """
-    with tqdm(total=len(pairs), desc=f"pairs, {when}", unit="pair", leave=False) as bar:
+    questions = [q for q in dict.fromkeys(world.read_prompt(p.text) for p in pairs) if q] if world else []
+    with tqdm(total=len(pairs) + 2 * len(questions), desc=f"evaluation {when}", leave=False, dynamic_ncols=True) as bar:
         m = simpo.evaluate(model, pairs, steering, beta=config.beta, gamma_ratio=config.gamma_ratio, kind=config.loss,
                            label_smoothing=config.label_smoothing, progress=bar.update)
-    questions = [q for q in dict.fromkeys(world.read_prompt(p.text) for p in pairs) if q] if world else []
+        for kind, temperature in (("greedy", 0.0), ("sampled", 1.0)) if questions else ():
+            m[kind], _ = simpo.behave(model, tokenizer, questions, world, steering and steering.edits(), temperature=temperature, seed=config.seed)
+            bar.update(len(questions))
     if questions:
-        edits = steering.edits() if steering else None
-        for kind, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-            m[kind], _ = simpo.behave(model, tokenizer, questions, world, edits, temperature=temperature, seed=config.seed)
         rewarded = [name for name in world.STYLE if meta["weights"].get(name, 0) > 0]
         m |= {"parse_greedy": m["greedy"]["parse"], "parse_sampled": m["sampled"]["parse"], "truth": m["sampled"]["truth"],
               "style": sum(m["sampled"][name] for name in rewarded) / max(1, len(rewarded)), "answers": len(questions)}
@@ -366,38 +369,33 @@ def opening(model, tokenizer, pairs, steering):
     print(f"  chosen    ⟦{piece(pairs[0].chosen)}⟧\n  rejected  ⟦{piece(pairs[0].rejected)}⟧", flush=True)
 
 
-def closing(base, trained, meta, world, config, d_sae):
-    """The table base beside trained."""
+def closing(base, trained, meta, config, d_sae):
+    """The table base beside trained, as text."""
     rows = []
 
     def row(name, key, form="{:.3f}", se=None, of=lambda m: m):
-        cells = [form.format(of(m)[key]) + (f" ± {form.format(of(m)[se])}" if se else "") for m in (base, trained)]
-        rows.append((name, *cells))
+        rows.append((name, *(form.format(of(m)[key]) + (f" ± {form.format(of(m)[se])}" if se else "") for m in (base, trained))))
     row("SimPO loss (± s.e.)", "loss", se="loss_se")
     row("accuracy" + (f" (best possible {meta['bayes_accuracy']:.3f})" if "bayes_accuracy" in meta else ""), "accuracy", se="accuracy_se")
     row("margin, nats a token", "margin", se="margin_se")
     row(f"L0, features a token (of {d_sae})", "l0", "{:.1f}")
     row("L1 a token", "l1")
+    n, notes = f"{base['pairs']} pairs", []
     if "answers" in base:
+        n += f", {base['answers']} prompts"
         row("well-formed answers, greedy", "parse_greedy", "{:.1%}")
         row("well-formed answers, T=1", "parse_sampled", "{:.1%}")
-        weights = meta["weights"]
-        for group, names in (("style", world.STYLE), ("alignment", world.ALIGNMENT)):
-            rows.append((f"rate of each {group} choice, T=1 (its planted weight)", "", ""))
-            for name in names:
-                row(f"  {name} ({weights.get(name, 0):+g})" + (": truthfulness" if name == "truth" else ""), name, "{:.1%}", of=lambda m: m["sampled"])
-    left, mid = max(len(r[0]) for r in rows), max(len(r[1]) for r in rows)
-    n = f", {base['answers']} prompts" if "answers" in base else ""
-    title = f"held-out {config.eval_split}: {base['pairs']} pairs{n}"
-    left = max(left, len(title))
-    print(f"\n{title:<{left}}  {'base':>{mid}}  trained")
-    for name, a, b in rows:
-        print(f"{name:<{left}}  {a:>{mid}}  {b}".rstrip())
-    if "answers" in base and trained["parse_sampled"] < base["parse_sampled"] - 0.03:
-        print("The text broke: fewer answers are well-formed than before. A low loss does not make up for that; raise --nll-weight or lower --lr.")
+        rows.append(("rate of each choice, T=1 (its planted weight)", "", ""))
+        for name in (name for name in base["sampled"] if name != "parse"):
+            row(f"  {name} ({meta['weights'].get(name, 0):+g})" + (": truthfulness" if name == "truth" else ""), name, "{:.1%}", of=lambda m: m["sampled"])
+        if trained["parse_sampled"] < base["parse_sampled"] - 0.03:
+            notes.append("The text broke: fewer answers are well-formed than before. A low loss does not make up for that; raise --nll-weight or lower --lr.")
     if config.loss == "sigmoid" and not config.label_smoothing:
         flat = simpo.simpo_loss(torch.zeros(1), torch.zeros(1), config.beta, config.gamma_ratio).item()
-        print(f"(Loss {flat:.3f} is that of no preference at all; shrinking every margin towards 0 also leads there.)")
+        notes.append(f"(Loss {flat:.3f} is that of no preference at all; shrinking every margin towards 0 also leads there.)")
+    rows.insert(0, (f"held-out {config.eval_split}: {n}", "base", "trained"))
+    left, mid = (max(len(r[i]) for r in rows) for i in (0, 1))
+    return "\n".join([f"{name:<{left}}  {a:>{mid}}  {b}".rstrip() for name, a, b in rows] + notes)
 
 
 def examples(model, tokenizer, pairs, steering, count=3):

@@ -2,7 +2,10 @@
 import hashlib
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -27,6 +30,15 @@ def answers(n=1500, seed=0):
 def test_size_of_the_world():
     assert len(world.STYLE) >= 5 and len(world.ALIGNMENT) >= 3 and len(world.PEOPLE) == 60 and len(world.RELATIONS) == 6 and len(world.FACTS) == 360
     assert all(len(w) == len(set(w)) == 8 for w in world.WORDINGS.values()) and not set(world.PEOPLE) & set(world.NOBODY)
+
+
+def test_the_world_does_not_depend_on_the_process():
+    """Python hashes strings anew in each process: an order taken from a set would make another world each time."""
+    show = "import hashlib, random; from tiny import world as w; r = random.Random(0); print(hashlib.sha256(repr((w.FACTS, w.split('test'), "
+    show += "[w.sample(w.any_question(r, w.split('train')), r) for _ in range(200)], w.notes(r))).encode()).hexdigest())"
+    out = {subprocess.run([sys.executable, "-c", show], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True).stdout
+           for seed in ("1", "2")}
+    assert len(out) == 1
 
 
 def test_splits_share_no_topic_and_no_prompt():

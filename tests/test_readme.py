@@ -54,6 +54,18 @@ def test_files_and_links():
         assert abs(lines - int(count)) <= 10, f"{name} has {lines} lines, README says {count}"
 
 
+def test_the_table_is_what_was_measured():
+    """The block between the marks is made from docs/style.json, which a run left behind with the defaults that are in force."""
+    import json
+    import sys
+    sys.path.insert(0, str(ROOT / "docs"))
+    import figures
+    data = json.loads(figures.DATA.read_text(encoding="utf-8"))
+    assert figures.in_readme(README) == figures.table(data)
+    defaults = train.asdict(train.TrainConfig())
+    assert {k: v for k, v in data["config"].items() if k in defaults and k not in ("device", "dtype")} == {k: v for k, v in defaults.items() if k not in ("device", "dtype")}
+
+
 def test_every_printed_column_is_explained():
     for column in "loss penalty margin acc L0 L1 lr tokens/s".split():
         assert re.search(rf"^\| `{re.escape(column)}` \|", README, re.M), column
