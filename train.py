@@ -216,58 +216,75 @@ def objective(model, batch, steering, config, l1, h=None):
     return total, {name: x.detach() for name, x in shown.items()}
 
 
-def train(config):
-    """Trains, prints, saves. -> {"base": m, "trained": m, "run": folder}; m: see `measure`."""
-    started = time.time()
-    # Everything a user can get wrong is looked at first, in the order of what it costs.
+def prepare(config):
+    """Looks at everything that a user can get wrong, in the order of what it costs, and loads it; nothing is written.
+
+    -> model, tokenizer, steering, pairs, held-out pairs, and the lab's (meta, world), ({}, None) elsewhere
+    """
     device, dtype = choose_device(config.device, config.dtype)
-    if config.threads:
-        torch.set_num_threads(config.threads)
     if config.run and (Path(config.runs) / config.run).exists():
         new_folder(config)                               # says so and stops
     if config.adapter:
         fsrl.import_adapter(config.adapter)
-    lab = config.model == "tiny/model"
-    print(f"Training an FSRL adapter with SimPO on {config.pairs}, steering the features of {config.sae}: "
-          + ("less than a minute on 2 CPU cores." if lab and config.steps <= 100 else
-             f"about {max(1, round(0.4 + config.steps / 600)):.0f} minutes on 2 CPU cores." if lab else "the bar below will show how long it takes."), flush=True)
-    tokenizer, (meta, world) = load_tokenizer(config.model), simpo.judge_of(config.pairs)
-    records, held_records = read_splits(config)
-    pairs, cuts = simpo.encode_pairs(tokenizer, records, config.max_length)
-    held, held_cuts = simpo.encode_pairs(tokenizer, held_records, config.max_length)
-    for name, some, n in (("train", pairs, cuts), (config.eval_split, held, held_cuts)):
-        if not some:
+    tokenizer, judge, sets = load_tokenizer(config.model), simpo.judge_of(config.pairs), []
+    for name, records in zip(("train", config.eval_split), read_splits(config)):
+        pairs, n = simpo.encode_pairs(tokenizer, records, config.max_length)
+        if not pairs:
             raise UserError(f"{config.pairs}: no pair of {name} is left; all {n['dropped']} have two answers that are the same within --max-length {config.max_length}")
         if n["cut"] or n["dropped"]:
-            print(f"{name}: {n['cut']} pairs cut to {config.max_length} tokens, {n['dropped']} dropped (same answers after the cut), {len(some)} left")
+            print(f"{name}: {n['cut']} pairs cut to {config.max_length} tokens, {n['dropped']} dropped (same answers after the cut), {len(pairs)} left")
+        sets.append(pairs)
     sae = load_sae(config.sae, dtype=dtype, device=device)
     fsrl.check_fit(load_config(config.model), sae)
     torch.manual_seed(config.seed)
     adapter = fsrl.make_adapter(config.adapter, sae.d_in, sae.d_sae, activation=config.activation, init=config.init)
-    adapter = adapter.to(device, fsrl.master_dtype(dtype))
-    steering = fsrl.Steering(sae, adapter, fusion=config.fusion, positions=config.positions, top_k=config.top_k, masked=config.masked)
-    model = load_gemma(config.model, dtype=dtype, device=device)
+    steering = fsrl.Steering(sae, adapter.to(device, fsrl.master_dtype(dtype)), fusion=config.fusion, positions=config.positions,
+                             top_k=config.top_k, masked=config.masked)
+    return load_gemma(config.model, dtype=dtype, device=device), tokenizer, steering, *sets, judge
+
+
+def start_folder(config, model, steering, pairs, held):
+    """Makes the run's folder with config.json: every setting, and what exactly was trained on what."""
     folder = new_folder(config)
     if config.adapter:
         fsrl.keep_source(config.adapter, folder)
-    write_json(folder / "config.json", {**asdict(config), "device": device, "dtype": str(dtype).removeprefix("torch."), "sae_identity": sae.identity(),
-                                        "pairs_sha256": simpo.digest(pairs), "eval_pairs_sha256": simpo.digest(held),
-                                        "d_sae": sae.d_sae, "date": time.strftime("%Y-%m-%d"), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-                                        "versions": {"python": platform.python_version(), "torch": torch.__version__}})
+    write_json(folder / "config.json", {
+        **asdict(config), "device": model.device.type, "dtype": str(model.norm.weight.dtype).removeprefix("torch."),
+        "sae_identity": steering.sae.identity(), "d_sae": steering.sae.d_sae, "pairs_sha256": simpo.digest(pairs), "eval_pairs_sha256": simpo.digest(held),
+        "date": time.strftime("%Y-%m-%d"), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}})
+    return folder
+
+
+def make_optimizer(adapter, config):
+    """AdamW; weight decay on matrices alone, a learning rate of their own for thresholds."""
+    groups = {"matrix": [], "vector": [], "threshold": []}
+    for name, p in adapter.named_parameters():
+        groups["threshold" if name.endswith("threshold") else "matrix" if p.dim() > 1 else "vector"].append(p)
+    return torch.optim.AdamW([{"params": some, "weight_decay": config.weight_decay if kind == "matrix" else 0.0,
+                               "scale": config.threshold_lr if kind == "threshold" else 1.0} for kind, some in groups.items() if some], lr=config.lr)
+
+
+def train(config):
+    """Trains, prints, saves. -> {"base": m, "trained": m, "run": folder}; m: see `measure`."""
+    started = time.time()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    minutes = "the bar below will show how long it takes." if config.model != "tiny/model" else \
+        "less than a minute on 2 CPU cores." if config.steps <= 100 else f"about {round(0.4 + config.steps / 600)} minutes on 2 CPU cores."
+    print(f"Training an FSRL adapter with SimPO on {config.pairs}, steering the features of {config.sae}: {minutes}", flush=True)
+    model, tokenizer, steering, pairs, held, (meta, world) = prepare(config)
+    adapter, layer = steering.adapter, steering.sae.layer
+    folder = start_folder(config, model, steering, pairs, held)
     log = Log(folder)
     opening(model, tokenizer, pairs, steering)
     base = measure(model, tokenizer, held, None, config, meta, world, "before")
     log(step=0, evaluation="base", **base)
 
     adapter.train()
-    thresholds = [p for name, p in adapter.named_parameters() if name.endswith("threshold")]
-    others = [p for name, p in adapter.named_parameters() if not name.endswith("threshold")]
-    optimizer = torch.optim.AdamW([
-        {"params": [p for p in others if p.dim() > 1], "weight_decay": config.weight_decay, "scale": 1.0},
-        {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0, "scale": 1.0},
-        {"params": thresholds, "weight_decay": 0.0, "scale": config.threshold_lr}], lr=config.lr)
+    optimizer = make_optimizer(adapter, config)
     order = pair_order(pairs, config.batch_size * config.accumulation, config.seed)
-    kept = {}
+    kept = {}                                                       # the frozen prefix of pairs seen before
     window, tokens, since = [], 0, time.time()
     bar = tqdm(range(config.steps), desc="train", unit="step", dynamic_ncols=True)
     bar.write(" step    loss  penalty  margin    acc      L0      L1       lr  tokens/s")
@@ -279,8 +296,8 @@ def train(config):
         optimizer.zero_grad(set_to_none=True)
         for i in range(0, len(index), config.batch_size):
             part = index[i:i + config.batch_size]
-            batch = simpo.collate([pairs[j] for j in part], model.config.pad_token_id).to(device)
-            h = kept_prefix(model, batch, part, sae.layer, kept, config.keep_prefix * 1e9)
+            batch = simpo.collate([pairs[j] for j in part], model.config.pad_token_id).to(model.device)
+            h = kept_prefix(model, batch, part, layer, kept, config.keep_prefix * 1e9)
             total, shown = objective(model, batch, steering, config, l1, h)
             (total.sum() / len(index)).backward()                  # a mean over all pairs of the step, however it is cut
             window.append(shown)
@@ -308,10 +325,9 @@ def train(config):
 
     adapter.eval()
     trained = measure(model, tokenizer, held, steering, config, meta, world, "after")
-    log(step=config.steps, evaluation="trained", **trained)
     seconds = time.time() - started
-    log(step=config.steps, seconds=seconds)
-    print("\n" + closing(base, trained, meta, config, sae.d_sae))
+    log(step=config.steps, evaluation="trained", seconds=seconds, **trained)
+    print("\n" + closing(base, trained, meta, config, steering.sae.d_sae))
     examples(model, tokenizer, held, steering)
     flag = f" --adapter {config.adapter}" if config.adapter else ""
     print(f"\n{seconds:.0f} s. The run lies in {folder}. Next: talk to it with\n    python fsrl.py {folder}{flag}")

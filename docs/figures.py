@@ -20,8 +20,7 @@ def gather(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     base, trained = (next(r for r in rows if r.get("evaluation") == which) for which in ("base", "trained"))
     meta = json.loads((HERE.parent / config["pairs"] / "meta.json").read_text(encoding="utf-8"))
-    return {"config": config, "meta": meta, "base": base, "trained": trained, "seconds": next(r["seconds"] for r in rows if "seconds" in r),
-            "steps": [r for r in rows if "penalty" in r]}
+    return {"config": config, "meta": meta, "base": base, "trained": trained, "steps": [r for r in rows if "penalty" in r]}
 
 
 def table(data):
@@ -29,7 +28,7 @@ def table(data):
     import train
     c = data["config"]
     return (f"```\n{train.closing(data['base'], data['trained'], data['meta'], SimpleNamespace(**c), c['d_sae'])}\n```\n\n"
-            f"({data['seconds']:.0f} seconds, seed {c['seed']}, {c['date']}, {c['machine']}, torch {c['versions']['torch']}.)\n")
+            f"({data['trained']['seconds']:.0f} seconds, seed {c['seed']}, {c['date']}, {c['machine']}, torch {c['versions']['torch']}.)\n")
 
 
 def in_readme(text):

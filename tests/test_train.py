@@ -257,7 +257,7 @@ def test_accumulation_is_one_batch(tmp_path, module):
     for name, size, times in (("a", 8, 1), ("b", 1, 8)):
         # without a clip and with huge eps AdamW's step is proportional to the gradient, so that a sum shows
         torch_adamw = torch.optim.AdamW
-        m.torch.optim.AdamW = lambda groups, lr: torch_adamw(groups, lr=lr, eps=1e3)
+        m.torch.optim.AdamW = lambda groups, lr: torch_adamw(groups, lr=lr, eps=1e3)      # noqa: B023
         try:
             m.train(m.TrainConfig(steps=1, eval_pairs=4, train_pairs=40, batch_size=size, accumulation=times, grad_clip=0.0, lr=1.0, l1=0.1, warmup=0.0,
                                   runs=str(tmp_path / module), run=name))
