@@ -36,7 +36,7 @@ class TrainConfig:
     eval_split: str = setting("test", "what to train on", "split that the closing table is measured on (tune on dev)")
     max_length: int = setting(2048, "what to train on", "tokens of prompt plus longer answer; the prompt is cut from its left first", low=3)
     train_pairs: int = setting(None, "what to train on", "use only the first N pairs (default: all)", low=1, type=int)
-    eval_pairs: int = setting(1000, "what to train on", "held-out pairs (and lab prompts) of an evaluation", low=2)
+    eval_pairs: int = setting(None, "what to train on", "held-out pairs (and lab prompts) of an evaluation (default: 1000, or 200 up to 100 steps)", low=2, type=int)
 
     adapter: str = setting(None, "the policy", "your own adapter, FILE.py:ClassName (README: \"Your own adapter\")", type=str)
     activation: str = setting("soft", "the policy", "of the built-in adapter", choices=fsrl.ACTIVATIONS)
@@ -91,6 +91,7 @@ class TrainConfig:
                 if bound in m and bad(value, m[bound]):
                     allowed = ", ".join(m[bound]) if bound == "choices" else m[bound]
                     raise UserError(f"{flag} is {value}; it has to be {words} {allowed}")
+        self.eval_pairs = self.eval_pairs or (1000 if self.steps > 100 else 200)
         if self.top_k is not None and self.top_k >= 1 and self.top_k != int(self.top_k):
             raise UserError(f"--top-k is {self.top_k}; a number of features has to be whole, a share of them below 1")
         if self.run is not None and (not self.run or Path(self.run).name != self.run or self.run in (".", "..")):
