@@ -35,7 +35,7 @@ ACTIVATIONS, FUSIONS, POSITIONS = ("soft", "relu", "jumprelu"), ("additive", "re
 
 
 class Adapter(nn.Module):
-    """v = act(W_a x + b_a).  x (…,D) -> v (…,F), float32
+    """v = act(W_a x + b_a).  x (…,D) -> v (…,F), float32 (float64 for float64 states)
 
         relu       v = max(p, 0)
         soft       v = sign(p) · max(|p| - θ, 0)       θ (F,) learned, kept >= 0 by `project`
@@ -143,7 +143,7 @@ THEIR_NAMES = {"soft": "soft_threshold", "relu": "relu", "jumprelu": "jump_relu"
 
 
 def save_adapter(adapter, folder, **facts):
-    """Writes adapter_weights.safetensors and fsrl_adapter_config.json, the authors' files, which their loader reads.
+    """Writes adapter_weights.safetensors and fsrl_adapter_config.json: the authors' files, which their loader reads for our Adapter.
 
     facts: more keys for the config. Theirs leaves out what decides the forward pass (fusion, positions, masked features,
     the model that was steered); `steering_facts` gives these.
@@ -240,11 +240,10 @@ def import_adapter(spec):
     return found
 
 
-def make_adapter(spec, d_in, d_sae, *, activation="soft", init=1e-6):
-    """Our Adapter (spec None), or a user's, tried once on four random states before any heavy work."""
-    if spec is None:
+def make_adapter(adapter_class, d_in, d_sae, *, spec, activation="soft", init=1e-6):
+    """Our Adapter (adapter_class None), or a user's, tried once on four random states."""
+    if adapter_class is None:
         return Adapter(d_in, d_sae, activation, init=init)
-    adapter_class = import_adapter(spec)
     try:
         adapter = adapter_class(d_in, d_sae)
         v = adapter(torch.randn(4, d_in))
@@ -285,6 +284,8 @@ def load_run(folder, *, adapter=None, device="auto", dtype=None):
     """Opens what train.py wrote: model, tokenizer, SAE and steering as they were trained. -> Run
 
     adapter: FILE.py:ClassName, needed (only) for a run that was trained with --adapter.
+    dtype: of the frozen weights, by name ("bfloat16"); None: as in training.
+    Raises UserError where the model or the SAE is not the one it was trained on.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file() or not (folder / CONFIG).is_file():
@@ -297,6 +298,8 @@ def load_run(folder, *, adapter=None, device="auto", dtype=None):
     module, facts = load_adapter(folder, import_adapter(adapter) if adapter else None)
     device, dtype = choose_device(device, dtype or config.get("dtype", "float32"))
     model = load_gemma(config["model"], dtype=dtype, device=device)
+    if config.get("model_identity") not in (None, model.identity()):
+        raise UserError(f"{folder} was trained on another model than {config['model']} is now (digest {config['model_identity']}, now {model.identity()})")
     sae = load_sae(config["sae"], dtype=dtype, device=device)
     check_fit(model.config, sae)
     if facts.get("sae_identity") not in (None, sae.identity()):
@@ -339,8 +342,8 @@ def main(argv=None):
     parser.add_argument("--prompt", action="append", help="ask this and leave (can be given several times); without it, ask one thing after another")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the most probable token each time")
     parser.add_argument("--strength", type=float, help="multiply the steering by this (default: as trained)")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer [128]")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling, where the temperature is above 0")
     parser.add_argument("--adapter", help="FILE.py:ClassName of a run that was trained with one")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto: the best there is")
     try:
@@ -348,6 +351,12 @@ def main(argv=None):
     except SystemExit as stop:
         return stop.code
     try:
+        if not 0 <= args.temperature < float("inf"):
+            raise UserError(f"--temperature is {args.temperature}; it has to be a number from 0")
+        if args.max_new_tokens < 1:
+            raise UserError(f"--max-new-tokens is {args.max_new_tokens}; it has to be at least 1")
+        if args.strength is not None and not abs(args.strength) < float("inf"):
+            raise UserError(f"--strength is {args.strength}; it has to be a finite number")
         run = load_run(args.run, adapter=args.adapter, device=args.device)
         if args.strength is not None:
             run.steering.strength = args.strength

@@ -20,6 +20,7 @@ and section 2; Google's released code):
 Layers are numbered as in Gemma Scope: layer L of the residual stream is the OUTPUT of block L,
 which transformers calls hidden_states[L + 1].
 """
+import hashlib
 import json
 import math
 import os
@@ -193,6 +194,14 @@ class Gemma(nn.Module):
     @property
     def device(self):
         return self.embed_tokens.weight.device
+
+    def identity(self):
+        """A short digest of the config and the norms' weights in bf16: the same model, whatever its folder and dtype."""
+        digest = hashlib.sha256(repr(self.config).encode())
+        for name, p in self.named_parameters():
+            if p.dim() == 1:
+                digest.update(p.detach().bfloat16().float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def embed(self, ids):
         """(B,T) -> (B,T,D)"""

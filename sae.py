@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import nn
 from tqdm import tqdm
 
-from gemma import UserError, atomically, choose_device, encode_text, fetch, load_gemma, load_tokenizer, read_json
+from gemma import UserError, atomically, choose_device, encode_text, fetch, load_config, load_gemma, load_tokenizer, read_json
 
 
 class _JumpReLU(torch.autograd.Function):
@@ -37,7 +37,7 @@ class _JumpReLU(torch.autograd.Function):
         p, threshold = ctx.saved_tensors
         near = (p - threshold).abs() < ctx.bandwidth / 2
         slope = -(threshold / ctx.bandwidth) * (near * g)
-        return g * ((p > threshold) & (p > 0)), slope.flatten(0, -2).sum(0), None
+        return g * ((p > threshold) & (p > 0)), slope.reshape(-1, p.shape[-1]).sum(0), None
 
 
 class _Step(torch.autograd.Function):
@@ -51,7 +51,7 @@ class _Step(torch.autograd.Function):
     def backward(ctx, g):
         p, threshold = ctx.saved_tensors
         near = (p - threshold).abs() < ctx.bandwidth / 2
-        return None, (-1 / ctx.bandwidth * (near * g)).flatten(0, -2).sum(0), None
+        return None, (-1 / ctx.bandwidth * (near * g)).reshape(-1, p.shape[-1]).sum(0), None
 
 
 def jumprelu(p, threshold, bandwidth=0.001):
@@ -131,17 +131,18 @@ def load_sae(source, *, dtype=torch.float32, device="cpu"):
             raise UserError(f"{source}: the repo {repo} has no SAE under {inside}/")
     else:
         folder = fetch(source, [])
-    below = sorted(folder.glob("layer_*/**/params.npz"))
-    if not any((folder / name).exists() for name in ("params.npz", "cfg.json")) and len(below) == 1:
-        folder = below[0].parent                                           # the one SAE of a tree, such as tiny/sae
+    if not any((folder / name).exists() for name in ("params.npz", "cfg.json")):
+        below = sorted({path.parent for name in ("params.npz", "cfg.json") for path in folder.rglob(name)})
+        if len(below) != 1:
+            raise UserError(f"{source}: neither params.npz (Gemma Scope) nor cfg.json (SAELens) is there; name one SAE"
+                            + (f", such as {below[0]}" if below else ", on the Hub as repo:layer_12/width_16k/average_l0_82"))
+        folder = below[0]                                                  # the one SAE of a tree, such as tiny/sae
     layer = re.findall(r"layer_(\d+)(?=/|$)", folder.as_posix())
     layer = int(layer[-1]) if layer else None
     if (folder / "params.npz").exists():
         tensors = _read_npz(folder / "params.npz")
-    elif (folder / "cfg.json").exists():
-        tensors, layer = _read_saelens(folder, layer)
     else:
-        raise UserError(f"{folder}: neither params.npz (Gemma Scope) nor cfg.json (SAELens) is there")
+        tensors, layer = _read_saelens(folder, layer)
     return JumpReLUSAE(**tensors, layer=layer, source=str(source), dtype=dtype).to(device).eval()
 
 
@@ -304,7 +305,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=4000, help="optimiser steps of 2048 tokens")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of Adam")
     parser.add_argument("--max-tokens", type=int, default=500_000, help="stop reading text after this many tokens")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the order of the tokens")
     parser.add_argument("--device", default="auto", help="where the model runs: cpu, cuda, mps (the SAE trains on the CPU)")
     try:
         args = parser.parse_args(argv)
@@ -317,6 +318,8 @@ def main(argv=None):
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it has to be above 0")
         if Path(args.out).exists():
             raise UserError(f"--out {args.out} exists; name a folder that does not")
+        if not 0 <= args.layer < (layers := load_config(args.model).num_hidden_layers):
+            raise UserError(f"--layer is {args.layer}; this model has blocks 0 to {layers - 1}")
         rows, tokens, tokenizer = [], 0, load_tokenizer(args.model)
         for number, line in enumerate(_lines(args.text), 1):
             if args.text.endswith(".jsonl") and line.strip():
@@ -332,8 +335,6 @@ def main(argv=None):
         if not rows:
             raise UserError(f"{args.text}: no text in it")
         model = load_gemma(args.model, device=device, dtype=dtype)
-        if not 0 <= args.layer < model.config.num_hidden_layers:
-            raise UserError(f"--layer is {args.layer}; this model has blocks 0 to {model.config.num_hidden_layers - 1}")
         x = collect(model, rows, args.layer)
         held = max(1, len(x) // 10)                                        # the last tenth measures, the rest trains
         sae = train_sae(x[:-held], args.width, l0=args.l0, steps=args.steps, lr=args.lr, seed=args.seed, layer=args.layer)

@@ -338,7 +338,7 @@ def steered_logps(model, batch, steering, h=None):
 def simpo_loss(chosen, rejected, beta=10.0, gamma_ratio=0.5, *, kind="sigmoid", label_smoothing=0.0):
     """SimPO's loss of mean log-probabilities, (B,),(B,) -> (B,), in float32 or better.
 
-    sigmoid: -(1 - ls) log σ(z) - ls log σ(-z), hinge: max(0, 1 - z), with z = beta · (chosen - rejected - gamma_ratio).
+    sigmoid: -(1 - ls) log σ(z) - ls log σ(-z), hinge: max(0, 1 - z), without smoothing; z = beta · (chosen - rejected - gamma_ratio).
     """
     wide = torch.promote_types(torch.float32, chosen.dtype)
     z = beta * (chosen.to(wide) - rejected.to(wide) - gamma_ratio)

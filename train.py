@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import fsrl
 import simpo
-from gemma import UserError, atomically, choose_device, decode, load_config, load_gemma, load_tokenizer
+from gemma import UserError, atomically, choose_device, decode, generate, load_config, load_gemma, load_tokenizer
 from sae import load_sae
 
 
@@ -63,7 +63,7 @@ class TrainConfig:
     threshold_lr: float = setting(1.0, "optimisation", "the thresholds' lr is lr times this", above=0)
     weight_decay: float = setting(0.0, "optimisation", "on W_a only", low=0)
     grad_clip: float = setting(1.0, "optimisation", "largest gradient norm (0: any)", low=0)
-    keep_prefix: float = setting(1.0, "optimisation", "keep the frozen lower half's output of pairs seen before, up to this many GB (0: compute anew)", low=0)
+    keep_prefix: float = setting(1.0, "optimisation", "keep the frozen lower half's output of each pair for later epochs if all of it fits in this many GB (0: never)", low=0)
     seed: int = setting(0, "optimisation", "of the adapter, the order of the pairs and the sampled answers", low=0)
 
     run: str = setting(None, "the run", "name of the folder under --runs (default: the next free PAIRS-1, PAIRS-2, ...)", type=str)
@@ -91,7 +91,8 @@ class TrainConfig:
                 if bound in m and bad(value, m[bound]):
                     allowed = ", ".join(m[bound]) if bound == "choices" else m[bound]
                     raise UserError(f"{flag} is {value}; it has to be {words} {allowed}")
-        self.eval_pairs = self.eval_pairs or (1000 if self.steps > 100 else 200)
+        if self.loss == "hinge" and self.label_smoothing:
+            raise UserError("--label-smoothing belongs to --loss sigmoid; the hinge has none")
         if self.top_k is not None and self.top_k >= 1 and self.top_k != int(self.top_k):
             raise UserError(f"--top-k is {self.top_k}; a number of features has to be whole, a share of them below 1")
         if self.run is not None and (not self.run or Path(self.run).name != self.run or self.run in (".", "..")):
@@ -102,6 +103,11 @@ class TrainConfig:
             self.masked = sorted({int(i) for i in self.mask.split(",") if i.strip()})
         except ValueError:
             raise UserError(f"--mask is {self.mask!r}; it has to be feature numbers with commas between them") from None
+
+
+    @property
+    def held_pairs(self):
+        return self.eval_pairs or (1000 if self.steps > 100 else 200)
 
 
 def parser():
@@ -193,17 +199,17 @@ def lr_at(step, config):
     return config.lr * {"constant": 1.0, "linear": 1 - t, "cosine": 0.5 * (1 + math.cos(math.pi * t))}[config.schedule]
 
 
-def kept_prefix(model, batch, index, layer, kept, room):
-    """The output of the frozen blocks 0..layer, from memory where every row has been there before.
+def kept_prefix(model, batch, index, layer, kept):
+    """The output of the frozen blocks 0..layer, from `kept` ({index of a pair: its states}) where every row has been there before.
 
-    kept: {index of a pair: its states}; room: bytes that may be kept in all.
+    kept None: nothing is kept.
     """
+    if kept is None:
+        return simpo.prefix(model, batch, layer)
     if all(i in kept for i in index):
         return torch.stack([torch.nn.functional.pad(kept[i], (0, 0, 0, batch.ids.shape[1] - len(kept[i]))) for i in index])
     h = simpo.prefix(model, batch, layer)
-    held = sum(states.nbytes for states in kept.values()) if room else 0
-    if held + h.nbytes <= room:
-        kept |= {i: row[:tokens].clone() for i, row, tokens in zip(index, h, (batch.branch >= 0).sum(-1).tolist())}
+    kept |= {i: row[:tokens].clone() for i, row, tokens in zip(index, h, (batch.branch >= 0).sum(-1).tolist())}
     return h
 
 
@@ -225,20 +231,19 @@ def prepare(config):
     device, dtype = choose_device(config.device, config.dtype)
     if config.run and (Path(config.runs) / config.run).exists():
         new_folder(config)                               # says so and stops
-    if config.adapter:
-        fsrl.import_adapter(config.adapter)
+    own = fsrl.import_adapter(config.adapter) if config.adapter else None
     tokenizer, judge, sets = load_tokenizer(config.model), simpo.judge_of(config.pairs), []
     for name, records in zip(("train", config.eval_split), read_splits(config)):
         pairs, n = simpo.encode_pairs(tokenizer, records, config.max_length)
         if not pairs:
-            raise UserError(f"{config.pairs}: no pair of {name} is left; all {n['dropped']} have two answers that are the same within --max-length {config.max_length}")
+            raise UserError(f"{config.pairs}: no pair of {name} is left; all {n['dropped']} have the same answer twice within --max-length {config.max_length}")
         if n["cut"] or n["dropped"]:
-            print(f"{name}: {n['cut']} pairs cut to {config.max_length} tokens, {n['dropped']} dropped (same answers after the cut), {len(pairs)} left")
+            print(f"{name}: {n['cut']} pairs cut to {config.max_length} tokens, {n['dropped']} dropped (both answers the same), {len(pairs)} left")
         sets.append(pairs)
     sae = load_sae(config.sae, dtype=dtype, device=device)
     fsrl.check_fit(load_config(config.model), sae)
     torch.manual_seed(config.seed)
-    adapter = fsrl.make_adapter(config.adapter, sae.d_in, sae.d_sae, activation=config.activation, init=config.init)
+    adapter = fsrl.make_adapter(own, sae.d_in, sae.d_sae, spec=config.adapter, activation=config.activation, init=config.init)
     steering = fsrl.Steering(sae, adapter.to(device, fsrl.master_dtype(dtype)), fusion=config.fusion, positions=config.positions,
                              top_k=config.top_k, masked=config.masked)
     return load_gemma(config.model, dtype=dtype, device=device), tokenizer, steering, *sets, judge
@@ -251,7 +256,7 @@ def start_folder(config, model, steering, pairs, held):
         fsrl.keep_source(config.adapter, folder)
     write_json(folder / "config.json", {
         **asdict(config), "device": model.device.type, "dtype": str(model.norm.weight.dtype).removeprefix("torch."),
-        "sae_identity": steering.sae.identity(), "d_sae": steering.sae.d_sae, "pairs_sha256": simpo.digest(pairs), "eval_pairs_sha256": simpo.digest(held),
+        "model_identity": model.identity(), "sae_identity": steering.sae.identity(), "d_sae": steering.sae.d_sae, "pairs_sha256": simpo.digest(pairs), "eval_pairs_sha256": simpo.digest(held),
         "date": time.strftime("%Y-%m-%d"), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version(), "torch": torch.__version__}})
     return folder
@@ -271,9 +276,10 @@ def train(config):
     started = time.time()
     if config.threads:
         torch.set_num_threads(config.threads)
-    minutes = "the bar below will show how long it takes." if config.model != "tiny/model" else \
-        "less than a minute on 2 CPU cores." if config.steps <= 100 else f"about {round(0.4 + config.steps / 600)} minutes on 2 CPU cores."
-    print(f"Training an FSRL adapter with SimPO on {config.pairs}, steering the features of {config.sae}: {minutes}", flush=True)
+    minutes = round(0.4 + config.steps * config.batch_size * config.accumulation / 32 / 600)
+    how_long = "the bar below shows how long it takes" if config.model != "tiny/model" else f"about {minutes} minutes" if minutes > 1 else "about a minute"
+    print(f"Training an FSRL adapter with SimPO on {config.pairs}, steering the features of {config.sae}: {how_long}"
+          + (" on 2 CPU cores." if config.model == "tiny/model" else "."), flush=True)
     model, tokenizer, steering, pairs, held, (meta, world) = prepare(config)
     adapter, layer = steering.adapter, steering.sae.layer
     folder = start_folder(config, model, steering, pairs, held)
@@ -285,7 +291,8 @@ def train(config):
     adapter.train()
     optimizer = make_optimizer(adapter, config)
     order = pair_order(pairs, config.batch_size * config.accumulation, config.seed)
-    kept = {}                                                       # the frozen prefix of pairs seen before
+    size = sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs) * model.config.hidden_size * model.norm.weight.element_size()
+    kept = {} if size <= config.keep_prefix * 1e9 else None         # all of it fits, or keeping some of it hardly ever helps
     window, tokens, since = [], 0, time.time()
     bar = tqdm(range(config.steps), desc="train", unit="step", dynamic_ncols=True)
     bar.write(" step    loss  penalty  margin    acc      L0      L1       lr  tokens/s")
@@ -298,7 +305,7 @@ def train(config):
         for i in range(0, len(index), config.batch_size):
             part = index[i:i + config.batch_size]
             batch = simpo.collate([pairs[j] for j in part], model.config.pad_token_id).to(model.device)
-            h = kept_prefix(model, batch, part, layer, kept, config.keep_prefix * 1e9)
+            h = kept_prefix(model, batch, part, layer, kept)
             total, shown = objective(model, batch, steering, config, l1, h)
             (total.sum() / len(index)).backward()                  # a mean over all pairs of the step, however it is cut
             window.append(shown)
@@ -331,7 +338,8 @@ def train(config):
     print("\n" + closing(base, trained, meta, config, steering.sae.d_sae))
     examples(model, tokenizer, held, steering)
     flag = f" --adapter {config.adapter}" if config.adapter else ""
-    print(f"\n{seconds:.0f} s. The run lies in {folder}. Next: talk to it with\n    python fsrl.py {folder}{flag}")
+    print(f"\n{seconds:.0f} s. The run lies in {folder}. Next: ask it something (the lab's model knows its own world only), such as\n"
+          f'    python fsrl.py {folder}{flag} --prompt "{held[-1].text.splitlines()[0][:80]}"')
     return {"base": base, "trained": trained, "run": str(folder)}
 
 
@@ -340,13 +348,13 @@ def train(config):
 def read_splits(config):
     """Training and held-out records; of a single file the last tenth is held out."""
     if not Path(config.pairs).is_file():
-        return (simpo.read_pairs(config.pairs, split, n) for split, n in (("train", config.train_pairs), (config.eval_split, config.eval_pairs)))
+        return (simpo.read_pairs(config.pairs, split, n) for split, n in (("train", config.train_pairs), (config.eval_split, config.held_pairs)))
     records = simpo.read_pairs(config.pairs)
     held = max(1, len(records) // 10)
     if len(records) < 2:
         raise UserError(f"{config.pairs}: one pair is too few; one has to be held out")
     print(f"{config.pairs} is one file: its last {held} of {len(records)} pairs are held out")
-    return records[:-held][:config.train_pairs], records[-held:][:config.eval_pairs]
+    return records[:-held][:config.train_pairs], records[-held:][:config.held_pairs]
 
 
 def measure(model, tokenizer, pairs, steering, config, meta, world, when):
@@ -376,6 +384,8 @@ def opening(model, tokenizer, pairs, steering):
     with torch.no_grad():
         gap = max((a - b).abs().max().item() for a, b in zip(simpo.response_logps(model, batch), simpo.response_logps(model, batch, steering.edits())))
     steering.strength = strength
+    if gap != 0:
+        raise UserError(f"steering at strength 0 is not the base model: log-probabilities differ by {gap}; does the adapter give infinite or missing numbers?")
     print(f"Steering at strength 0 against the base model: max difference of log-probabilities {gap}")
     trainable = sum(p.numel() for p in steering.adapter.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) + sum(p.numel() for p in steering.sae.parameters())
@@ -419,7 +429,7 @@ def examples(model, tokenizer, pairs, steering, count=3):
     """Some held-out prompts with the base and the steered answer, greedy."""
     chosen = list(dict.fromkeys(p.text for p in pairs))[:count]
     prompts = [next(p.prompt for p in pairs if p.text == text) for text in chosen]
-    both = [[decode(tokenizer, ids) for ids in fsrl.generate(model, prompts, max_new_tokens=64, edits=edits)] for edits in (None, steering.edits())]
+    both = [[decode(tokenizer, ids) for ids in generate(model, prompts, max_new_tokens=64, edits=edits)] for edits in (None, steering.edits())]
     for text, left, right in zip(chosen, *both):
         print(f"\n> {text}\n{fsrl.side_by_side(left, right)}")
 

@@ -17,7 +17,8 @@ MARKS = "<!-- closing -->\n", "<!-- /closing -->"
 def gather(run):
     """What the figure and the table show, out of a run's folder."""
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    text = (run / "metrics.jsonl").read_text(encoding="utf-8").replace(": null", ": NaN")
+    rows = [json.loads(line) for line in text.splitlines()]
     base, trained = (next(r for r in rows if r.get("evaluation") == which) for which in ("base", "trained"))
     meta = json.loads((HERE.parent / config["pairs"] / "meta.json").read_text(encoding="utf-8"))
     return {"config": config, "meta": meta, "base": base, "trained": trained, "steps": [r for r in rows if "penalty" in r]}
@@ -83,8 +84,9 @@ def main(argv=None):
         return 2
     if argv:
         run = Path(argv[0])
-        if not (run / "metrics.jsonl").is_file() or '"seconds"' not in (run / "metrics.jsonl").read_text(encoding="utf-8"):
-            print(f"figures.py: {run} is not a finished run; run `python train.py` first and name the folder that it prints", file=sys.stderr)
+        text = (run / "metrics.jsonl").read_text(encoding="utf-8") if (run / "metrics.jsonl").is_file() else ""
+        if '"seconds"' not in text or '"parse_sampled"' not in text:
+            print(f"figures.py: {run} is not a finished run on the lab; run `python train.py` first and name the folder that it prints", file=sys.stderr)
             return 2
         DATA.write_text(json.dumps(gather(run), indent=1) + "\n", encoding="utf-8")
     data = json.loads(DATA.read_text(encoding="utf-8"))

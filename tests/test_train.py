@@ -49,7 +49,7 @@ def test_what_it_prints(finished):
     assert re.search(r"^ step +loss +penalty +margin +acc +L0 +L1 +lr +tokens/s$", text, re.M) and re.search(r"^ +4  +\d", text, re.M)
     for words in ("SimPO loss (± s.e.)", "accuracy (best possible 0.", "margin", "L0, features", "L1 a token", "well-formed answers, T=1", "truth (+0.5): truthfulness", "heading (+2.5)"):
         assert words in text
-    assert text.count("base  ") >= 3 and "| steered" in text and f"python fsrl.py {folder}" in text
+    assert text.count("base  ") >= 3 and "| steered" in text and f"python fsrl.py {folder} --prompt" in text
 
 
 def test_what_it_leaves_behind(finished):
@@ -74,6 +74,8 @@ def test_the_run_opens_and_talks(finished, capsys):
     assert fsrl.main([str(folder), "--prompt", "What is the color of that?", "--max-new-tokens", "8"]) == 0
     assert "| steered" in capsys.readouterr().out
     assert fsrl.main([str(folder / "none")]) == 2 and "not a finished run" in capsys.readouterr().err
+    for flag, value in (("--temperature", "-1"), ("--max-new-tokens", "0"), ("--strength", "nan")):
+        assert fsrl.main([str(folder), "--prompt", "x", flag, value]) == 2 and f"{flag} is" in capsys.readouterr().err
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path):
@@ -87,7 +89,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("more", [["--activation", "relu", "--fusion", "relu", "--positions", "response", "--top-k", "0.05"],
-                                  ["--activation", "jumprelu", "--init", "0.001", "--loss", "hinge", "--nll-weight", "1"],
+                                  ["--activation", "jumprelu", "--init", "0.001", "--loss", "hinge", "--nll-weight", "1", "--threshold-lr", "10"],
                                   ["--pairs", "tiny/pairs/honest", "--mask", "1,2,3", "--label-smoothing", "0.1", "--positions", "all", "--schedule", "linear"]])
 def test_every_kind_of_run(tmp_path, more, capsys):
     assert run(tmp_path, *more) == 0
@@ -112,7 +114,7 @@ def test_help_explains_every_setting(capsys):
     (["--lr", "nan"], "--lr is nan"), (["--beta", "x"], "--beta"), (["--activation", "tanh"], "--activation"), (["--device", "tpu"], "--device tpu cannot be used"),
     (["--pairs", "nowhere"], "nowhere: no such folder"), (["--model", "nowhere"], "nowhere: no such folder"), (["--sae", "nowhere"], "nowhere: no such folder"),
     (["--max-length", "2"], "--max-length is 2"), (["--mask", "a"], "--mask is 'a'"), (["--mask", "99999"], "masked feature 99999"),
-    (["--top-k", "1.5"], "--top-k is 1.5"), (["--run", "a/b"], "plain name"), (["--label-smoothing", "0.7"], "at most 0.5"), (["--adapter", "x.py"], "FILE.py:ClassName"),
+    (["--top-k", "1.5"], "--top-k is 1.5"), (["--run", "a/b"], "plain name"), (["--label-smoothing", "0.7"], "at most 0.5"), (["--label-smoothing", "0.1", "--loss", "hinge"], "belongs to --loss sigmoid"), (["--adapter", "x.py"], "FILE.py:ClassName"),
     (["--adapter", "none.py:A"], "there is no file"), (["--eval-split", "nope"], "no pairs of the split 'nope'"),
 ])
 def test_mistakes_cost_one_sentence(tmp_path, args, message, capsys):
@@ -126,7 +128,7 @@ def test_no_pair_is_left(tmp_path, capsys):
     (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "p", "chosen": "It is a.", "rejected": "It is b."}) + "\n")
     (tmp_path / "test.jsonl").write_text((tmp_path / "train.jsonl").read_text())
     assert run(tmp_path / "runs", "--pairs", str(tmp_path), "--max-length", "4") == 2
-    assert "no pair of train is left; all 1 have two answers that are the same within --max-length 4" in capsys.readouterr().err
+    assert "no pair of train is left; all 1 have the same answer twice within --max-length 4" in capsys.readouterr().err
 
 
 def test_an_existing_run_is_not_overwritten(tmp_path, capsys):
@@ -205,7 +207,7 @@ def test_own_adapter(tmp_path, capsys):
     assert run(tmp_path / "runs", "--adapter", spec) == 0
     folder = tmp_path / "runs" / "style-1"
     assert (folder / fsrl.SOURCE).read_text() == (tmp_path / "my_adapter.py").read_text()
-    assert f"python fsrl.py {folder} --adapter {spec}" in capsys.readouterr().out
+    assert f"python fsrl.py {folder} --adapter {spec} --prompt" in capsys.readouterr().out
     # opening the run asks for the class again: code in a run's folder is never imported
     (folder / fsrl.SOURCE).write_text("raise SystemExit('imported!')")
     assert fsrl.main([str(folder), "--prompt", "x"]) == 2 and "--adapter FILE.py:MyAdapter" in capsys.readouterr().err

@@ -217,11 +217,11 @@ def find_sae(out):
 SIZES = {"train": 5000, "dev": 500, "label": 1000, "test": 1000}
 
 
-def make_pairs(out, name, weights, sizes):
-    """Pairs of one world, and meta.json with what can be known about them."""
+def make_pairs(out, name, weights, sizes, seed=""):
+    """Pairs of one world, and meta.json with what can be known about them. All worlds of one seed draw the same answers."""
     pairs, longer, bayes, ties, count = out / "pairs" / name, 0.0, 0.0, 0, 0
     for part, size in sizes.items():
-        rng, questions, lines = random.Random(f"pairs {part}"), world.split(part), []
+        rng, questions, lines = random.Random(f"pairs {part}{seed}"), world.split(part), []
         for q in spread(questions, size, rng):
             (a, better), (b, worse), gap = world.pair(q, rng, weights)
             lines.append(json.dumps({"prompt": q.text, "chosen": better, "rejected": worse, "choices": [a, b]}))
@@ -351,7 +351,7 @@ def main(argv=None):
             raise UserError("--threads, --scale, --model-steps, --sae-steps and --sae-rows have to be above 0")
         if args.world and Path(args.world).name != args.world:
             raise UserError(f"--world is {args.world!r}; it has to be the plain name of a folder")
-        for stage, needs in (("model", "model/tokenizer.json"), ("sae", "model/model.safetensors"), ("report", "pairs/style/meta.json")):
+        for stage, needs in (("model", "model/tokenizer.json"), ("sae", "model/model.safetensors"), ("report", "sae"), ("report", "pairs/style/meta.json")):
             if args.stage == stage and not (args.out / needs).exists():
                 raise UserError(f"the stage {stage} needs {args.out / needs}, which an earlier stage makes")
         worlds = world.WORLDS
