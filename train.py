@@ -277,7 +277,7 @@ def train(config):
     if config.threads:
         torch.set_num_threads(config.threads)
     minutes = round(0.4 + config.steps * config.batch_size * config.accumulation / 32 / 600)
-    how_long = "the bar below shows how long it takes" if config.model != "tiny/model" else f"about {minutes} minutes" if minutes > 1 else "about a minute"
+    how_long = "the bar below shows how long it takes" if config.model != "tiny/model" else f"about {minutes} minutes" if minutes > 1 else "about a minute" if config.steps > 100 else "some seconds"
     print(f"Training an FSRL adapter with SimPO on {config.pairs}, steering the features of {config.sae}: {how_long}"
           + (" on 2 CPU cores." if config.model == "tiny/model" else "."), flush=True)
     model, tokenizer, steering, pairs, held, (meta, world) = prepare(config)

@@ -43,7 +43,7 @@ def finished(tmp_path_factory):
 def test_what_it_prints(finished):
     folder, text = finished
     lines = text.splitlines()
-    assert "Training an FSRL adapter" in lines[0] and "minute" in lines[0]
+    assert "Training an FSRL adapter" in lines[0] and "some seconds on 2 CPU cores" in lines[0]
     assert "max difference of log-probabilities 0.0" in lines[1] and re.search(r"Trainable [\d,]+ of [\d,]+ parameters", lines[2])
     assert "⟦" in text and "<end_of_turn>⟧" in text
     assert re.search(r"^ step +loss +penalty +margin +acc +L0 +L1 +lr +tokens/s$", text, re.M) and re.search(r"^ +4  +\d", text, re.M)
