@@ -6,8 +6,8 @@ on answer tokens alone and in chunks, the frozen blocks without a graph; "warm" 
 backward of the SimPO loss, float32, two threads, the same weights and pairs. Every variant runs in a process of its own, so that its peak
 memory is its own; nothing here is asserted.
 """
+import gc
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -56,8 +56,13 @@ def work(shape, variant, repeats):
         for i, (p, a) in enumerate(answers):
             n = len(p) + len(a)
             ids[i, :n], mask[i, :n], labels[i, len(p):n] = torch.tensor(p + a), 1, torch.tensor(a)
-        theirs.model.layers[s["layer"]].register_forward_hook(
-            lambda m, args, h: (h[0] + adapter(h[0]) @ sae.W_dec, *h[1:]) if isinstance(h, tuple) else h + adapter(h) @ sae.W_dec)
+        steered = mask.bool()[..., None] & (torch.arange(width)[None, :, None] > 0)            # all but BOS and padding, as ours
+
+        def hook(module, args, out):
+            h = out[0] if isinstance(out, tuple) else out
+            h = h + (adapter(h) * steered) @ sae.W_dec
+            return (h, *out[1:]) if isinstance(out, tuple) else h
+        theirs.model.layers[s["layer"]].register_forward_hook(hook)
 
         def once():
             logp = theirs(ids, attention_mask=mask, use_cache=False).logits[:, :-1].log_softmax(-1)
@@ -72,9 +77,17 @@ def work(shape, variant, repeats):
         def once():
             chosen, rejected, _, _ = simpo.steered_logps(model, batch, steering, kept)
             simpo.simpo_loss(chosen, rejected).mean().backward()
-    def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    before = peak()
-    once()                                    # the first pass also takes the memory
+    def memory(what):                         # Linux: bytes resident now (VmRSS) or at the peak (VmHWM)
+        try:
+            return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(what))
+        except (OSError, StopIteration):
+            return float("nan")
+    gc.collect()
+    if Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")        # the peak begins anew: loading does not count
+    before = memory("VmRSS")
+    once()                                    # the first pass takes the memory
+    above = memory("VmHWM") - before
     times = []
     for _ in range(repeats):
         adapter.zero_grad(set_to_none=True)
@@ -83,7 +96,7 @@ def work(shape, variant, repeats):
         times.append(time.perf_counter() - began)
     tokens = sum(len(p.chosen) + len(p.rejected) for p in pairs)
     kept_bytes = kept.nbytes if variant == "warm" else 0
-    print(json.dumps({"seconds": statistics.median(times), "memory": max(0, peak() - before) + kept_bytes, "answer_tokens": tokens,
+    print(json.dumps({"seconds": statistics.median(times), "memory": above + kept_bytes, "answer_tokens": tokens,
                       "gradient": sum(p.grad.double().norm().item() for p in adapter.parameters())}))
 
 
@@ -94,12 +107,16 @@ def main(argv=None):
         seen = {variant: [] for variant in VARIANTS}
         for _ in range(rounds):
             for variant in VARIANTS:          # in turn, so that a slow minute of the machine hits all of them
-                done = subprocess.run([sys.executable, __file__, "--work", shape, variant, str(repeats[shape])], capture_output=True, text=True, check=True)
+                done = subprocess.run([sys.executable, __file__, "--work", shape, variant, str(repeats[shape])], capture_output=True, text=True)
+                if done.returncode:
+                    print(f"bench.py: {variant} failed: {done.stderr.strip().splitlines()[-1]} (requirements-extra.txt installed?)", file=sys.stderr)
+                    return 2
                 seen[variant].append(json.loads(done.stdout.splitlines()[-1]))
         middle = {v: {k: statistics.median(r[k] for r in some) for k in some[0]} for v, some in seen.items()}
         for variant, m in middle.items():
             o = middle["obvious"]
-            print(f"{shape:>6} {variant:<11}{m['seconds']:9.3f}{o['seconds'] / m['seconds']:7.2f}x{m['memory'] / 2**20:11.0f}{m['memory'] / max(1, o['memory']):7.2f}")
+            print(f"{shape:>6} {variant:<11}{m['seconds']:9.3f}{o['seconds'] / m['seconds']:7.2f}x{m['memory'] / 2**20:11.0f}{m['memory'] / o['memory']:7.2f}   "
+                  f"gradient norm {m['gradient'] / o['gradient']:.4f} of obvious")
     return 0
 
 

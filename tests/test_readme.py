@@ -66,6 +66,19 @@ def test_the_table_is_what_was_measured():
     assert {k: v for k, v in data["config"].items() if k in defaults and k not in ("device", "dtype")} == {k: v for k, v in defaults.items() if k not in ("device", "dtype")}
 
 
+def test_the_table_over_seeds_is_what_was_measured():
+    """The block between its marks is made from docs/results.json, whose runs have the defaults that are in force."""
+    import json
+    import sys
+    sys.path.insert(0, str(ROOT / "docs"))
+    import results
+    runs = json.loads(results.DATA.read_text(encoding="utf-8"))
+    assert results.in_readme(README) == results.table(runs)
+    for key, kept in runs.items():
+        name, seed = key.split()
+        assert kept["settings"] == results.settings(name, int(seed)), key
+
+
 def test_every_printed_column_is_explained():
     for column in "loss penalty margin acc L0 L1 lr tokens/s".split():
         assert re.search(rf"^\| `{re.escape(column)}` \|", README, re.M), column
