@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import gemma
 from common import CONFIG, ROOT, mutant, off, small_gemma
-from gemma import Cache, Gemma, GemmaConfig, UserError, encode_answer, encode_prompt, encode_text, generate, load_gemma, load_tokenizer
+from gemma import Gemma, GemmaConfig, UserError, encode_answer, encode_prompt, encode_text, generate, load_gemma, load_tokenizer
 
 
 def our_stages(model, ids):

@@ -279,7 +279,7 @@ def measure(out, count):
     rates, _ = simpo.behave(model, tokenizer, asked, world, temperature=1.0, seed=1)
     x = collect(model, chats(vocab, count, "report"), LAYER, progress=False)
     rejected, tried, pieces = 0, 0, sorted(name for name, i in vocab.items() if i >= 262)
-    for q, (choices, text) in zip(asked, said):
+    for q, (_, text) in zip(asked, said):
         old = [*world.pieces(text), world.END]
         i, how = rng.randrange(len(old)), rng.randrange(3)
         new = old[:i] + ([], [old[i]] * 2, [rng.choice(pieces)])[how] + old[i + 1:]

@@ -162,14 +162,15 @@ def probability(q, name, index, count, trait):
     return rate / (count - 1) if on else 1 - rate
 
 
-def _run(q, choose):
-    """Runs the grammar with choose(name, options) -> index or None (give up). -> ({choice: index}, text) or None."""
+def _run(q, choose, say=lambda text: True):
+    """Runs the grammar with choose(name, options) -> index or None (give up); say(text) hears each piece of text, False: give up.
+    -> ({choice: index}, text) or None."""
     choices, text, walk = {}, "", grammar(q)
     name, options = next(walk)
     try:
         while True:
             index = 0 if name is None else choose(name, options)
-            if index is None:
+            if index is None or say(options[index]) is False:
                 return None
             if name is not None:
                 choices[name] = index
@@ -228,26 +229,16 @@ def parse(q, tokens):
         return tokens[at:at + len(pieces(text))] == pieces(text)
 
     def choose(name, options):
-        nonlocal at
         # An empty option fits always, so it comes last; among the others the longest (none is the start of another).
-        for index in sorted(range(len(options)), key=lambda i: -len(pieces(options[i]))):
-            if fits(options[index]):
-                at += len(pieces(options[index]))
-                return index
-        return None
+        return next((i for i in sorted(range(len(options)), key=lambda i: -len(pieces(options[i]))) if fits(options[i])), None)
 
-    choices, walk = {}, grammar(q)
-    name, options = next(walk)
-    try:
-        while True:
-            index = choose(name, options)
-            if index is None:
-                return None
-            if name is not None:
-                choices[name] = index
-            name, options = walk.send(index)
-    except StopIteration:
-        return choices if tokens[at:] == (END,) else None
+    def say(text):
+        nonlocal at
+        fitting = fits(text)
+        at += len(pieces(text))
+        return fitting
+    parsed = _run(q, choose, say)
+    return parsed[0] if parsed and tokens[at:] == (END,) else None
 
 
 def settles(q, choices):
@@ -265,23 +256,16 @@ def settles(q, choices):
     """
     out, pending = [], []
 
-    def start(text):
-        return pieces(text)[0] if text else None
+    def choose(name, options):
+        pending.append((name, tuple(pieces(text)[0] if text else None for text in options), choices[name]))
+        return choices[name]
 
-    walk = grammar(q)
-    name, options = next(walk)
-    while True:
-        index = 0 if name is None else choices[name]
-        if name is not None:
-            pending.append((name, tuple(start(text) for text in options), index))
-        said = pieces(options[index])
-        if said:
-            out += [pending] + [[] for _ in said[1:]]
-            pending = []
-        try:
-            name, options = walk.send(index)
-        except StopIteration:
-            return out + [pending]
+    def say(text):
+        if said := pieces(text):
+            out.extend([pending.copy()] + [[] for _ in said[1:]])
+            pending.clear()
+    _run(q, choose, say)
+    return out + [pending]
 
 
 def utility(q, choices, weights):
