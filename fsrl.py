@@ -240,10 +240,10 @@ def import_adapter(spec):
     return found
 
 
-def make_adapter(adapter_class, d_in, d_sae, *, spec, activation="soft", init=1e-6):
+def make_adapter(adapter_class, d_in, d_sae, *, spec, activation="soft", init=1e-6, bandwidth=0.001):
     """Our Adapter (adapter_class None), or a user's, tried once on four random states."""
     if adapter_class is None:
-        return Adapter(d_in, d_sae, activation, init=init)
+        return Adapter(d_in, d_sae, activation, init=init, bandwidth=bandwidth)
     try:
         adapter = adapter_class(d_in, d_sae)
         v = adapter(torch.randn(4, d_in))

@@ -41,6 +41,7 @@ class TrainConfig:
     adapter: str = setting(None, "the policy", "your own adapter, FILE.py:ClassName (README: \"Your own adapter\")", type=str)
     activation: str = setting("soft", "the policy", "of the built-in adapter", choices=fsrl.ACTIVATIONS)
     init: float = setting(1e-6, "the policy", "W_a starts uniform in ± this, thresholds at it", above=0)
+    bandwidth: float = setting(0.001, "the policy", "of jumprelu's gradient towards its thresholds", above=0)
     fusion: str = setting("additive", "the policy", "additive: x + v W_dec; relu: x + max(v, -f) W_dec", choices=fsrl.FUSIONS)
     positions: str = setting("text", "the policy", "tokens that are steered: all but BOS, only those that predict an answer, or BOS too", choices=fsrl.POSITIONS)
     top_k: float = setting(None, "the policy", "per token only the K largest features act (a number below 1: that share of F)", above=0, type=float)
@@ -50,7 +51,8 @@ class TrainConfig:
     beta: float = setting(10.0, "the objective", "scale of the margin", above=0)
     gamma_ratio: float = setting(0.5, "the objective", "target margin γ/β in nats a token (a ratio: γ itself is beta times this)", low=0)
     label_smoothing: float = setting(0.0, "the objective", "share of pairs taken to be labelled the wrong way round", low=0, high=0.5)
-    nll_weight: float = setting(3.0, "the objective", "weight of -mean log p(chosen); 0 is the paper's loss", low=0)
+    simpo_weight: float = setting(1.0, "the objective", "weight of SimPO's own term; 0 leaves imitation of the chosen answers", low=0)
+    nll_weight: float = setting(5.0, "the objective", "weight of -mean log p(chosen); 0 is the paper's loss", low=0)
     l1: float = setting(0.03, "the objective", "weight of Σ|v| a steered token (effective v)", low=0)
     l1_warmup: float = setting(0.0, "the objective", "share of the steps over which l1 rises from 0", low=0, high=1)
 
@@ -93,6 +95,8 @@ class TrainConfig:
                     raise UserError(f"{flag} is {value}; it has to be {words} {allowed}")
         if self.loss == "hinge" and self.label_smoothing:
             raise UserError("--label-smoothing belongs to --loss sigmoid; the hinge has none")
+        if not self.simpo_weight and not self.nll_weight:
+            raise UserError("--simpo-weight and --nll-weight are both 0: nothing is left to learn from")
         if self.top_k is not None and self.top_k >= 1 and self.top_k != int(self.top_k):
             raise UserError(f"--top-k is {self.top_k}; a number of features has to be whole, a share of them below 1")
         if self.run is not None and (not self.run or Path(self.run).name != self.run or self.run in (".", "..")):
@@ -213,12 +217,17 @@ def kept_prefix(model, batch, index, layer, kept):
     return h
 
 
-def objective(model, batch, steering, config, l1, h=None):
-    """The training loss of each pair, (B,), and what the log shows of it."""
+def objective(model, batch, steering, config, l1, length, h=None):
+    """The training loss of each pair, (B,), and what the log shows of it.
+
+    length: tokens of a chosen answer, the mean over the training pairs. The NLL term is that of whole answers, divided by
+    this one number: a mean over tokens, as in supervised fine-tuning. A mean of each answer's own mean would weigh short answers'
+    tokens more, and a policy would learn to be brief from pairs that say nothing (README, "The recipe").
+    """
     chosen, rejected, l0, norm = simpo.steered_logps(model, batch, steering, h)
     loss = simpo.simpo_loss(chosen, rejected, config.beta, config.gamma_ratio, kind=config.loss, label_smoothing=config.label_smoothing)
     penalty = l1 * norm
-    total = loss + penalty - (config.nll_weight * chosen if config.nll_weight else 0)
+    total = config.simpo_weight * loss + penalty - (config.nll_weight / length * chosen * batch.lengths[:len(chosen)] if config.nll_weight else 0)
     shown = {"loss": loss, "penalty": penalty, "margin": chosen - rejected, "accuracy": (chosen > rejected).float(), "l0": l0, "l1": norm, "nll": -chosen}
     return total, {name: x.detach() for name, x in shown.items()}
 
@@ -243,7 +252,7 @@ def prepare(config):
     sae = load_sae(config.sae, dtype=dtype, device=device)
     fsrl.check_fit(load_config(config.model), sae)
     torch.manual_seed(config.seed)
-    adapter = fsrl.make_adapter(own, sae.d_in, sae.d_sae, spec=config.adapter, activation=config.activation, init=config.init)
+    adapter = fsrl.make_adapter(own, sae.d_in, sae.d_sae, spec=config.adapter, activation=config.activation, init=config.init, bandwidth=config.bandwidth)
     steering = fsrl.Steering(sae, adapter.to(device, fsrl.master_dtype(dtype)), fusion=config.fusion, positions=config.positions,
                              top_k=config.top_k, masked=config.masked)
     return load_gemma(config.model, dtype=dtype, device=device), tokenizer, steering, *sets, judge
@@ -291,6 +300,7 @@ def train(config):
     adapter.train()
     optimizer = make_optimizer(adapter, config)
     order = pair_order(pairs, config.batch_size * config.accumulation, config.seed)
+    length = sum(len(p.chosen) for p in pairs) / len(pairs)
     size = sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs) * model.config.hidden_size * model.norm.weight.element_size()
     kept = {} if size <= config.keep_prefix * 1e9 else None         # all of it fits, or keeping some of it hardly ever helps
     window, tokens, since = [], 0, time.time()
@@ -306,7 +316,7 @@ def train(config):
             part = index[i:i + config.batch_size]
             batch = simpo.collate([pairs[j] for j in part], model.config.pad_token_id).to(model.device)
             h = kept_prefix(model, batch, part, layer, kept)
-            total, shown = objective(model, batch, steering, config, l1, h)
+            total, shown = objective(model, batch, steering, config, l1, length, h)
             (total.sum() / len(index)).backward()                  # a mean over all pairs of the step, however it is cut
             window.append(shown)
             tokens += int((batch.branch >= 0).sum())
