@@ -6,7 +6,7 @@
     activations   soft, relu, jumprelu x l1
 
 Every policy is measured in the same way, whatever it was trained on (`measured`); the base model once. Two trainings at a time, one
-thread each: about 70 minutes on two cores. What is done is written at once and made again only if its settings change, so
+thread each: about 80 minutes on two cores. What is done is written at once and made again only if its settings change, so
 this can be stopped at any time. The adapters stay in runs/results/.
 
     python docs/results.py --only main        # one group
@@ -35,17 +35,24 @@ STYLE, HONEST, COINS = "tiny/pairs/style", "tiny/pairs/honest", "(coins)"
 RANDOM, CONSTANT = "(random dictionary)", "docs/controls.py:Constant"
 
 MAIN = {"style": {}, "honest": {"pairs": HONEST}, "null": {"pairs": COINS}, "paper": {"nll_weight": 0.0}}
-CONTROLS = {"random": {"sae": RANDOM}, "constant": {"adapter": CONSTANT}, "imitation": {"simpo_weight": 0.0},
+FREE = {"adapter": CONSTANT, "l1": 0.0}                # at the default l1 a constant vector stays exactly 0
+CONTROLS = {"random": {"sae": RANDOM}, "constant": {"adapter": CONSTANT}, "constant, l1 0": FREE, "imitation": {"simpo_weight": 0.0},
             "wide": {"gamma_ratio": 1.0}, "wide null": {"gamma_ratio": 1.0, "pairs": COINS},
-            "random honest": {"sae": RANDOM, "pairs": HONEST}, "constant honest": {"adapter": CONSTANT, "pairs": HONEST}}
+            "random honest": {"sae": RANDOM, "pairs": HONEST}, "constant honest": {"adapter": CONSTANT, "pairs": HONEST},
+            "constant honest, l1 0": {**FREE, "pairs": HONEST}}
 WEIGHTS, RATES = (0.0, 1.0, 5.0, 20.0, None), (5e-4, 2e-3, 1e-2)               # None: NLL alone
-FRONTIER = {f"nll {w} lr {lr}": {"lr": lr, **({"simpo_weight": 0.0} if w is None else {"nll_weight": w})} for w in WEIGHTS for lr in RATES}
+FRONTIER = {f"{'NLL alone' if w is None else f'nll_weight {w:g}'}, lr {lr:g}": {"lr": lr, **({"simpo_weight": 0.0} if w is None else {"nll_weight": w})}
+            for w in WEIGHTS for lr in RATES}
 UNRESTRAINED = {"unrestrained": {"nll_weight": 0.0, "lr": 1e-2, "l1": .001}}
 KINDS = {"soft": ({}, (.003, .01, .03, .1, .3)), "relu": ({"activation": "relu"}, (.003, .01, .03, .1, .3)),
          "jumprelu": ({"activation": "jumprelu"}, (.003, .03, .3)),
          "jumprelu, faster thresholds": ({"activation": "jumprelu", "init": 1e-4, "threshold_lr": 30.0}, (.003, .03, .3))}
-ACTIVATIONS = {f"{kind} l1 {l1}": {**how, "l1": l1} for kind, (how, sweep) in KINDS.items() for l1 in sweep}
+ACTIVATIONS = {f"{kind}, l1 {l1:g}": {**how, "l1": l1} for kind, (how, sweep) in KINDS.items() for l1 in sweep}
 GROUPS = {"main": (MAIN, 5), "controls": (CONTROLS, 3), "frontier": (FRONTIER | UNRESTRAINED, 1), "activations": (ACTIVATIONS, 1)}
+TITLES = {"random": "`style`, random dictionary", "constant": "`style`, one constant vector", "constant, l1 0": "`style`, one constant vector, l1 0",
+          "imitation": "`style`, NLL alone", "wide": "`style`, γ/β 1", "wide null": "`null`, γ/β 1", "random honest": "`honest`, random dictionary",
+          "constant honest": "`honest`, one constant vector", "constant honest, l1 0": "`honest`, one constant vector, l1 0",
+          "unrestrained": "nll_weight 0, lr 0.01, l1 0.001", **{name: f"`{name}`" for name in MAIN}}
 EXPERIMENTS = {name: how for experiments, _ in GROUPS.values() for name, how in experiments.items()}
 CHOICES = "heading opener bullets restate bold filler closer truth admit decline".split()
 
@@ -240,12 +247,12 @@ class Results:
                       for i in (0, 1) for name in ["base", "style", "honest", "null"])] for c in CHOICES]
         return markdown(["", *(f"`{name}` {what}" for what in ("prefers", "margin") for name in ["base", "style", "honest", "null"])], rows)
 
-    def policies(self, names, titles, label=lambda name: f"`{name}`"):
+    def policies(self, names, titles):
         rows = []
         for name in names:
             if self.seeds(name):
                 m = self.measures(name)
-                rows.append([label(name), *(spread(self.values(name, m[t][1]), m[t][0]) for t in titles)])
+                rows.append([TITLES.get(name, name), *(spread(self.values(name, m[t][1]), m[t][0]) for t in titles)])
         return markdown(["", *titles], rows)
 
     def frontier(self):
@@ -255,7 +262,8 @@ class Results:
 
     def controls(self):
         titles = ["SimPO loss", "accuracy", "rewarded style", "truth", "admit", "decline", "well-formed", "L0 a token"]
-        return self.policies(["style", "random", "constant", "imitation", "honest", "random honest", "constant honest"], titles)
+        base = "| base, on `style` | " + " | ".join(form.format(get(self.base)) for form, get in (self.measures("style")[t] for t in titles)) + " |"
+        return self.policies(["style", *(n for n in CONTROLS if "honest" not in n and "null" not in n), "null", "wide null", "honest", *(n for n in CONTROLS if "honest" in n)], titles) + "\n" + base
 
     def activations(self):
         return self.policies(ACTIVATIONS, ["SimPO loss", "accuracy", "L0 a token", "rewarded style", "well-formed", "truth"])
@@ -266,7 +274,7 @@ class Results:
         return "\n".join("> " + question + "\n\n```\n" + answer.replace("```", "'''") + "\n```\n" for question, answer in run["examples"])
 
     def made(self):
-        return "; ".join(sorted({run["made"] for run in self.runs.values()}))
+        return "(" + "; ".join(sorted({run["made"] for run in self.runs.values()})) + ".)"
 
     def blocks(self):
         return {name: getattr(self, name)() + "\n" for name in BLOCKS}

@@ -1,0 +1,20 @@
+"""Adapters for the controls of docs/results.py. Each is one the user could have written: python train.py --adapter docs/controls.py:Constant"""
+import torch
+from torch import nn
+
+
+class Constant(nn.Module):
+    """The same steering at every token, v = soft(b): W_a = 0, so nothing of the state is read."""
+
+    def __init__(self, d_in, d_sae):
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(d_sae).uniform_(-1e-6, 1e-6))
+        self.soft_threshold = nn.Parameter(torch.full((d_sae,), 1e-6))
+
+    def forward(self, x):
+        v = self.bias.sign() * (self.bias.abs() - self.soft_threshold).relu()
+        return v.expand(*x.shape[:-1], -1)
+
+    @torch.no_grad()
+    def project(self):
+        self.soft_threshold.clamp_(min=0)
