@@ -64,7 +64,9 @@ class Adapter(nn.Module):
         if self.activation == "relu":
             v = p.relu()
         elif self.activation == "soft":
-            v = p.sign() * (p.abs() - self.soft_threshold).relu()      # right for θ < 0 too: files of the authors hold such
+            # Right for θ < 0 too: files of the authors hold such. Written with `where`, since its gradient needs only truth values kept.
+            live = (p.abs() > self.soft_threshold) & (p != 0)
+            v = torch.where(live, torch.where(p > 0, p - self.soft_threshold, p + self.soft_threshold), 0.0)
         else:
             v = jumprelu(p, self.log_threshold.exp(), self.bandwidth)
         return v if self.steering_magnitude is None else v * self.steering_magnitude.clamp(0, 1)

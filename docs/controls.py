@@ -9,7 +9,7 @@ class Constant(nn.Module):
     def __init__(self, d_in, d_sae):
         super().__init__()
         self.bias = nn.Parameter(torch.empty(d_sae).uniform_(-1e-6, 1e-6))
-        self.soft_threshold = nn.Parameter(torch.full((d_sae,), 1e-6))
+        self.soft_threshold = nn.Parameter(torch.zeros(d_sae))          # at the bias's own size every feature would be dead from the start
 
     def forward(self, x):
         v = self.bias.sign() * (self.bias.abs() - self.soft_threshold).relu()

@@ -35,11 +35,10 @@ STYLE, HONEST, COINS = "tiny/pairs/style", "tiny/pairs/honest", "(coins)"
 RANDOM, CONSTANT = "(random dictionary)", "docs/controls.py:Constant"
 
 MAIN = {"style": {}, "honest": {"pairs": HONEST}, "null": {"pairs": COINS}, "paper": {"nll_weight": 0.0}}
-FREE = {"adapter": CONSTANT, "l1": 0.0}                # at the default l1 a constant vector stays exactly 0
-CONTROLS = {"random": {"sae": RANDOM}, "constant": {"adapter": CONSTANT}, "constant, l1 0": FREE, "imitation": {"simpo_weight": 0.0},
+FREE = {"adapter": CONSTANT, "l1": 0.0}                # at the default l1 a constant vector never leaves 0
+CONTROLS = {"random": {"sae": RANDOM}, "constant": FREE, "imitation": {"simpo_weight": 0.0},
             "wide": {"gamma_ratio": 1.0}, "wide null": {"gamma_ratio": 1.0, "pairs": COINS},
-            "random honest": {"sae": RANDOM, "pairs": HONEST}, "constant honest": {"adapter": CONSTANT, "pairs": HONEST},
-            "constant honest, l1 0": {**FREE, "pairs": HONEST}}
+            "random honest": {"sae": RANDOM, "pairs": HONEST}, "constant honest": {**FREE, "pairs": HONEST}}
 WEIGHTS, RATES = (0.0, 1.0, 5.0, 20.0, None), (5e-4, 2e-3, 1e-2)               # None: NLL alone
 FRONTIER = {f"{'NLL alone' if w is None else f'nll_weight {w:g}'}, lr {lr:g}": {"lr": lr, **({"simpo_weight": 0.0} if w is None else {"nll_weight": w})}
             for w in WEIGHTS for lr in RATES}
@@ -49,9 +48,9 @@ KINDS = {"soft": ({}, (.003, .01, .03, .1, .3)), "relu": ({"activation": "relu"}
          "jumprelu, faster thresholds": ({"activation": "jumprelu", "init": 1e-4, "threshold_lr": 30.0}, (.003, .03, .3))}
 ACTIVATIONS = {f"{kind}, l1 {l1:g}": {**how, "l1": l1} for kind, (how, sweep) in KINDS.items() for l1 in sweep}
 GROUPS = {"main": (MAIN, 5), "controls": (CONTROLS, 3), "frontier": (FRONTIER | UNRESTRAINED, 1), "activations": (ACTIVATIONS, 1)}
-TITLES = {"random": "`style`, random dictionary", "constant": "`style`, one constant vector", "constant, l1 0": "`style`, one constant vector, l1 0",
+TITLES = {"random": "`style`, random dictionary", "constant": "`style`, one constant vector, l1 0",
           "imitation": "`style`, NLL alone", "wide": "`style`, γ/β 1", "wide null": "`null`, γ/β 1", "random honest": "`honest`, random dictionary",
-          "constant honest": "`honest`, one constant vector", "constant honest, l1 0": "`honest`, one constant vector, l1 0",
+          "constant honest": "`honest`, one constant vector, l1 0",
           "unrestrained": "nll_weight 0, lr 0.01, l1 0.001", **{name: f"`{name}`" for name in MAIN}}
 EXPERIMENTS = {name: how for experiments, _ in GROUPS.values() for name, how in experiments.items()}
 CHOICES = "heading opener bullets restate bold filler closer truth admit decline".split()

@@ -14,7 +14,7 @@ import gemma
 import simpo
 from common import ROOT
 from gemma import encode_answer, encode_prompt, load_tokenizer
-from tiny import make, world
+from tiny import make, measure, world
 
 TINY = ROOT / "tiny"
 QUALITY = json.loads((TINY / "quality.json").read_text())
@@ -246,3 +246,74 @@ def test_lab_rates_through_the_model():
     questions = [world.read_prompt(r["prompt"]) for r in records]
     rates, ids = simpo.behave(model, tokenizer, questions, world, temperature=1.0)
     assert rates["parse"] > 0.8 and len(ids) == 40
+
+
+# ---- tiny/measure.py ---------------------------------------------------------------------------------------------------
+
+def _lab(n=60):
+    model, tokenizer = gemma.load_gemma(TINY / "model"), load_tokenizer(TINY / "model")
+    return model, tokenizer, simpo.encode_pairs(tokenizer, simpo.read_pairs(TINY / "pairs" / "style", "test", n))[0]
+
+
+def test_decisions_are_the_answers_own():
+    """Every judged choice of an answer comes up once, and its "yes" tokens hold the first token of what was taken exactly if it was a yes."""
+    _, tokenizer, pairs = _lab()
+    for pair in pairs:
+        q = world.read_prompt(pair.text)
+        choices = world.parse(q, [tokenizer.id_to_token(i) for i in pair.chosen])
+        settled = measure.decisions(tokenizer, q, pair.chosen)
+        assert len(settled) == len(pair.chosen)
+        assert [name for token in settled for name, *_ in token] == list(choices)
+        for i, token in enumerate(settled):
+            for name, starts, yes, index in token:
+                assert set(yes) <= set(starts) and index == choices[name]
+                if world.is_on(q, name, index) is not None and pair.chosen[i] in starts:
+                    assert (pair.chosen[i] in yes) == world.is_on(q, name, index)
+    assert measure.decisions(tokenizer, q, (5, 6, 7)) == []
+
+
+def test_exact_rates_by_hand():
+    """Against single sequences and dense logits, where the chain rule is written out for the first two choices; a wrong steering would show."""
+    model, tokenizer, pairs = _lab(12)
+    seen = {"heading": [], "opener": []}
+    vocab = tokenizer.token_to_id
+    for pair in pairs:
+        for answer in (pair.chosen, pair.rejected):
+            q = world.read_prompt(pair.text)
+            p = model.logits(model(torch.tensor([pair.prompt + answer])))[0, len(pair.prompt) - 1:].softmax(-1)
+            heading = p[0, vocab("#")].item()
+            seen["heading"].append(heading)
+            openers, left = [vocab(t) for t in ("Sure", "Great", "Of")], 1 - heading
+            if answer[0] == vocab("#"):              # a heading was written: the opener is settled after it
+                start, left = len(world.pieces("# Answer\n")), 1.0
+            else:
+                start = 0
+            seen["opener"].append(p[start, openers].sum().item() / left)
+            assert q
+    rates = measure.choice_rates(model, tokenizer, pairs)
+    for name, values in seen.items():
+        assert rates[name] == pytest.approx(sum(values) / len(values), abs=1e-5), name
+    batched = measure.choice_rates(model, tokenizer, pairs, batch_size=5)
+    assert all(batched[c] == pytest.approx(rates[c], abs=1e-5) for c in world.CHOICES)
+
+
+def test_drift():
+    """0 without steering, exactly; above 0 with it; and it is KL(steered‖base), not the other way round."""
+    model, tokenizer, _ = _lab(1)
+    push = torch.nn.functional.normalize(torch.randn(128, generator=torch.Generator().manual_seed(0)), dim=0)
+
+    def edit(h, where):
+        return h + where[..., None] * 20 * push
+    assert measure.drift(model, tokenizer, {3: lambda h, where: h}, texts=2) == 0
+    got = measure.drift(model, tokenizer, {3: edit}, texts=1)
+    rng = random.Random("neutral 0")
+    ids = torch.tensor([[2, *gemma.encode_text(tokenizer, world.notes(rng))]])
+    with torch.no_grad():
+        p, q = (torch.distributions.Categorical(logits=model.logits(model(ids, edits=e))[0, 1:]) for e in ({3: edit}, None))
+    kl = torch.distributions.kl_divergence
+    assert got == pytest.approx(kl(p, q).mean().item(), rel=1e-4) and abs(kl(q, p).mean().item() / got - 1) > .02
+
+
+def test_probe_reads():
+    probe = measure.read_probe(load_tokenizer(TINY / "model"))
+    assert set(probe) == set(world.CHOICES) and {len(pairs) for pairs in probe.values()} == {60}

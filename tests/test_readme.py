@@ -1,11 +1,21 @@
 """The README's promises: its adapter trains, its links and line counts are right, its commands exist, its table is what was measured."""
+import json
 import re
+import shlex
+import sys
 
 import pytest
+import torch
 
 import fsrl
 import train
 from common import ROOT
+from sae import load_sae
+from tiny import make
+
+sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "tests")]
+import bench  # noqa: E402
+import results  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -38,12 +48,71 @@ def test_the_two_lines():
     assert "python -m pytest" in (ROOT / ".ci" / "run").read_text() and "-r requirements.txt -r requirements-extra.txt" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_commands_take_their_options(capsys):
-    """Every `python train.py ...` and `python fsrl.py ...` of the README parses."""
-    for line in re.findall(r"^\s*(?:\$ )?python train\.py(.*)$", "\n".join(blocks("bash")), re.M):
-        line = line.split("#")[0]
-        if "--help" not in line:
-            train.parser().parse_args(line.split())
+SMALL = ["--steps", "2", "--eval-pairs", "4", "--train-pairs", "16", "--batch-size", "4"]
+COMMANDS = sorted({line.strip() for line in re.findall(r"^\s*(?:\$ )?(python [^#\n]+?)\s*(?:#.*)?$", "\n".join(blocks("bash")), re.M)}
+                  | {" ".join(c.split()) for c in re.findall(r"`(python [^`]+)`", README) if "..." not in c})
+
+
+def test_every_command_is_known():
+    known = r"python (train\.py|fsrl\.py runs/style-\d|docs/results\.py|docs/figures\.py|tests/bench\.py|-m pytest|-m venv)( |$)"
+    assert len(COMMANDS) > 12 and not [c for c in COMMANDS if not re.match(known, c)]
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python train.py") and "my_adapter" not in c])
+def test_training_commands_run(command, tmp_path, capsys):
+    """At reduced size: the same options, fewer steps and pairs, a folder of its own."""
+    args = shlex.split(command)[2:]
+    if "--help" in args:
+        assert train.main(args) == 0 and "--nll-weight" in capsys.readouterr().out
+    else:
+        assert train.main([*args, *SMALL, "--runs", str(tmp_path)]) == 0
+        assert "The run lies in" in capsys.readouterr().out
+
+
+def test_talking_commands_run(tmp_path, capsys):
+    assert train.main([*SMALL, "--runs", str(tmp_path), "--run", "style-1"]) == 0
+    commands = [shlex.split(c) for c in COMMANDS if c.startswith("python fsrl.py") and "--adapter" not in c]
+    assert commands
+    for _, _, run, *rest in commands:
+        assert fsrl.main([run.replace("runs", str(tmp_path)), *rest]) == 0
+        assert "base" in capsys.readouterr().out
+
+
+def test_figures_command_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    import figures
+    monkeypatch.setattr(figures, "HERE", tmp_path)
+    monkeypatch.setattr(figures, "FIGURE", tmp_path / "style.png")
+    monkeypatch.setattr(figures, "README", tmp_path / "README.md")
+    figures.README.write_text(README, encoding="utf-8")
+    assert figures.main([]) == 0
+    assert figures.README.read_text(encoding="utf-8") == README
+    assert all((tmp_path / f"{name}.png").stat().st_size > 20_000 for name in ("style", "choices", "frontier", "l1"))
+    assert figures.main([str(tmp_path)]) == 2 and "is not a finished run" in capsys.readouterr().err
+
+
+def test_results_command_runs(tmp_path, monkeypatch, capsys):
+    """One experiment of each kind, two steps long, through the code that made the tables."""
+    experiments = {"style": {}, "null": {"pairs": results.COINS}, "random": {"sae": results.RANDOM}, "constant": {"adapter": results.CONSTANT}}
+    monkeypatch.setattr(results, "EXPERIMENTS", {n: {**how, "steps": 2, "train_pairs": 16, "batch_size": 4} for n, how in experiments.items()})
+    monkeypatch.setattr(results, "RUNS", tmp_path)
+    monkeypatch.setattr(results, "measured", lambda model, tokenizer, steering, split: {"l0": steering.features(torch.randn(3, 128)).shape[-1]})
+    monkeypatch.setattr(make, "SIZES", {"train": 20, "dev": 4, "label": 4, "test": 4})
+    for name in experiments:
+        kept = results.one(name, 0, "test")
+        assert kept["l0"] == 1024 and kept["settings"]["steps"] == 2 and kept["settings"]["seed"] == 0
+    base, random = load_sae("tiny/sae"), load_sae(str(tmp_path / "random_dictionary" / "layer_3"))
+    assert random.W_dec.norm(dim=-1).allclose(torch.ones(1024)) and (random.W_dec * base.W_dec).sum(-1).abs().max() < .5
+    assert results.main(["--only", "nothing"]) == 2
+
+
+@pytest.mark.parametrize("variant", ["cold", "warm"])
+def test_bench_command_runs(variant, capsys):
+    threads = torch.get_num_threads()
+    bench.work("tiny", variant, 1, pairs=2, features=64)
+    torch.set_num_threads(threads)
+    m = json.loads(capsys.readouterr().out)
+    assert m["seconds"] > 0 and m["flop"] > 1e6 and m["gradient"] > 0
 
 
 def test_files_and_links():
@@ -56,9 +125,6 @@ def test_files_and_links():
 
 def test_the_table_is_what_was_measured():
     """The block between the marks is made from docs/style.json, which a run left behind with the defaults that are in force."""
-    import json
-    import sys
-    sys.path.insert(0, str(ROOT / "docs"))
     import figures
     data = json.loads(figures.DATA.read_text(encoding="utf-8"))
     assert figures.in_readme(README) == figures.table(data)
@@ -66,17 +132,28 @@ def test_the_table_is_what_was_measured():
     assert {k: v for k, v in data["config"].items() if k in defaults and k not in ("device", "dtype")} == {k: v for k, v in defaults.items() if k not in ("device", "dtype")}
 
 
-def test_the_table_over_seeds_is_what_was_measured():
-    """The block between its marks is made from docs/results.json, whose runs have the defaults that are in force."""
-    import json
-    import sys
-    sys.path.insert(0, str(ROOT / "docs"))
-    import results
-    runs = json.loads(results.DATA.read_text(encoding="utf-8"))
-    assert results.in_readme(README) == results.table(runs)
-    for key, kept in runs.items():
-        name, seed = key.split()
-        assert kept["settings"] == results.settings(name, int(seed)), key
+def test_the_tables_of_results_are_what_was_measured():
+    """Every block of README.md and docs/results.md is made from docs/results.json or docs/bench.json, whose runs have the defaults in force."""
+    data = json.loads(results.DATA.read_text(encoding="utf-8"))
+    made = {**results.Results(data).blocks(), **bench.tables(json.loads(bench.DATA.read_text(encoding="utf-8")))}
+    for page in results.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert results.filled(text, made) == text, page
+        assert set(re.findall(r"<!-- (\w+) -->", text)) - {"closing"} <= set(made)
+    used = set(re.findall(r"<!-- (\w+) -->", README + (ROOT / "docs/results.md").read_text(encoding="utf-8")))
+    assert used == {*made, "closing"}
+    for name, (experiments, seeds) in results.GROUPS.items():
+        for experiment in experiments:
+            for seed in range(seeds):
+                run = data["runs"][results.key(experiment, seed)]
+                assert run["settings"] == results.settings(experiment, seed), (name, experiment)
+    assert data["pairs"] == results.pairs_say()
+
+
+def test_blocks_and_spread():
+    text = "a\n<!-- x -->\nold\n<!-- /x -->\nb\n<!-- y -->\n<!-- /y -->\n"
+    assert results.filled(text, {"x": "new\\1\n", "z": "?"}) == text.replace("old\n", "new\\1\n")
+    assert results.spread([1.0, 3.0], "{:+.1f}") == "+2.0 ± 1.4" and results.spread([2.0], "{:.2f}") == "2.00"
 
 
 def test_every_printed_column_is_explained():

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import fsrl
 import simpo
 import train
-from common import ROOT, mutant, relative, small_gemma, some_pairs
+from common import ROOT, mutant, off, relative, small_gemma, small_sae, some_pairs
 from gemma import UserError
 from train import TrainConfig
 
@@ -116,6 +116,7 @@ def test_help_explains_every_setting(capsys):
     (["--max-length", "2"], "--max-length is 2"), (["--mask", "a"], "--mask is 'a'"), (["--mask", "99999"], "masked feature 99999"),
     (["--top-k", "1.5"], "--top-k is 1.5"), (["--run", "a/b"], "plain name"), (["--label-smoothing", "0.7"], "at most 0.5"), (["--label-smoothing", "0.1", "--loss", "hinge"], "belongs to --loss sigmoid"), (["--adapter", "x.py"], "FILE.py:ClassName"),
     (["--adapter", "none.py:A"], "there is no file"), (["--eval-split", "nope"], "no pairs of the split 'nope'"),
+    (["--simpo-weight", "0", "--nll-weight", "0"], "nothing is left to learn from"), (["--bandwidth", "0"], "--bandwidth is 0.0; it has to be above 0"),
 ])
 def test_mistakes_cost_one_sentence(tmp_path, args, message, capsys):
     assert train.main([*SHORT, "--runs", str(tmp_path / "runs"), *args]) == 2
@@ -267,6 +268,26 @@ def test_accumulation_is_one_batch(tmp_path, module):
             m.torch.optim.AdamW = torch_adamw
         weights.append(load_file(tmp_path / module / name / fsrl.WEIGHTS)["adapter_linear.weight"])
     assert (relative(weights[0], weights[1]) < 1e-3) is (module == "real")
+
+
+@pytest.mark.parametrize("module", ["real", "mean of means"])
+def test_nll_is_a_mean_over_tokens(module):
+    """Broken: each answer's mean, by which the tokens of short answers weigh more."""
+    m = train if module == "real" else mutant("train", ("config.nll_weight / length * chosen * batch.lengths[:len(chosen)]", "config.nll_weight * chosen"))
+    model = small_gemma()
+    sae = small_sae(model)
+    pairs = some_pairs([(4, 2, 3), (5, 17, 4), (3, 5, 5)])
+    steering = fsrl.Steering(sae, fsrl.Adapter(sae.d_in, sae.d_sae))
+    length = sum(len(p.chosen) for p in pairs) / len(pairs)
+    with torch.no_grad():
+        total, shown = m.objective(model, simpo.collate(pairs), steering, TrainConfig(nll_weight=2.0), 0.1, length)
+        logp = -shown["nll"] * torch.tensor([float(len(p.chosen)) for p in pairs])
+    by_token = -logp.sum() / sum(len(p.chosen) for p in pairs)
+    nll = (total - shown["loss"] - shown["penalty"]).mean() / 2.0
+    assert (off(nll, by_token) < 1e-5) is (module == "real")
+    with torch.no_grad():
+        alone, shown = train.objective(model, simpo.collate(pairs), steering, TrainConfig(nll_weight=2.0, simpo_weight=0.0), 0.1, length)
+    assert off((alone - shown["penalty"]).mean(), 2 * by_token) < 1e-5
 
 
 def test_config_takes_a_whole_number_for_a_float_and_nothing_else():
