@@ -128,12 +128,15 @@ def one(name, seed, split):
 
 
 def random_dictionary(folder):
-    """The lab's SAE with random directions of length 1 in place of its own. Additive fusion reads nothing else of it."""
+    """The lab's SAE with random directions of length 1 in place of its own. Additive fusion reads nothing else of it.
+
+    Their seed is not 0: the SAE's own directions began as that draw and are still like it (cosines up to .87).
+    """
     import torch
     from sae import load_sae, save_sae
     if not (folder / "params.npz").exists():
         sae = load_sae("tiny/sae")
-        sae.W_dec.copy_(torch.nn.functional.normalize(torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(0)), dim=-1))
+        sae.W_dec.copy_(torch.nn.functional.normalize(torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(2026)), dim=-1))
         save_sae(sae, folder)
     return str(folder)
 
@@ -344,9 +347,10 @@ def main(argv=None):
             result = json.loads(done.stdout.splitlines()[-1])
             data = {**data, "base": result} if name == "base" else {**data, "runs": {**data["runs"], key(name, seed): result}}
             keep()
-    current = {key(name, seed) for experiments, n in GROUPS.values() for name in experiments for seed in range(n)}
-    data["runs"] = {k: run for k, run in sorted(data["runs"].items()) if k in current}        # what an older default made goes
-    keep()
+    if not args.table:
+        current = {key(name, seed) for experiments, n in GROUPS.values() for name in experiments for seed in range(n)}
+        data["runs"] = {k: run for k, run in sorted(data["runs"].items()) if k in current}        # what an older default made goes
+        keep()
     results = Results(data)
     if missing := [name for name in EXPERIMENTS if not results.seeds(name)]:
         print(f"{len(missing)} experiments have no run yet ({', '.join(missing[:5])}, ...); the tables are written when every one has", file=sys.stderr)
