@@ -1,7 +1,8 @@
 """What the lab proves: `python docs/results.py` trains what docs/results.json does not hold yet, measures it, and writes the tables of README.md.
 
     main          the defaults on the lab's two worlds, the control on coins, and the paper's loss alone      five seeds each
-    controls      the same adapter on a random dictionary; one vector for every token; imitation without SimPO
+    controls      one vector for every token; imitation without SimPO; a wider target margin              three seeds each
+    dictionary    the same adapter on a random dictionary                                                 two seeds each
     frontier      nll_weight x learning rate
     activations   soft, relu, jumprelu x l1
 
@@ -47,7 +48,8 @@ KINDS = {"soft": ({}, (.003, .01, .03, .1, .3)), "relu": ({"activation": "relu"}
          "jumprelu": ({"activation": "jumprelu"}, (.003, .03, .3)),
          "jumprelu, faster thresholds": ({"activation": "jumprelu", "init": 1e-4, "threshold_lr": 30.0}, (.003, .03, .3))}
 ACTIVATIONS = {f"{kind}, l1 {l1:g}": {**how, "l1": l1} for kind, (how, sweep) in KINDS.items() for l1 in sweep}
-GROUPS = {"main": (MAIN, 5), "controls": (CONTROLS, 3), "frontier": (FRONTIER | UNRESTRAINED, 1), "activations": (ACTIVATIONS, 1)}
+GROUPS = {"main": (MAIN, 5), "controls": ({n: how for n, how in CONTROLS.items() if how.get("sae") != RANDOM}, 3),
+          "dictionary": ({n: how for n, how in CONTROLS.items() if how.get("sae") == RANDOM}, 2), "frontier": (FRONTIER | UNRESTRAINED, 1), "activations": (ACTIVATIONS, 1)}
 TITLES = {"random": "`style`, random dictionary", "constant": "`style`, one constant vector, l1 0",
           "imitation": "`style`, NLL alone", "wide": "`style`, γ/β 1", "wide null": "`null`, γ/β 1", "random honest": "`honest`, random dictionary",
           "constant honest": "`honest`, one constant vector, l1 0",
