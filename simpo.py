@@ -71,6 +71,16 @@ def read_pairs(source, split="train", limit=None):
     return records
 
 
+def read_held_out(source, split="test", limit=None):
+    """Held-out records of what a run was trained on: its split of a folder or data set, the last tenth of a single file."""
+    if not Path(source).expanduser().is_file():
+        return read_pairs(source, split, limit)
+    records = read_pairs(source)
+    if len(records) < 2:
+        raise UserError(f"{source}: one pair is too few; one has to be held out")
+    return records[-max(1, len(records) // 10):][:limit]
+
+
 def _jsonl(path):
     try:
         with open(path, encoding="utf-8") as file:

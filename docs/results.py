@@ -64,7 +64,8 @@ def settings(name, seed):
     """What decides the outcome of a run: every setting of train.py but where it lies and on what it runs."""
     import train
     config = asdict(train.TrainConfig(seed=seed, threads=1, eval_pairs=2, **EXPERIMENTS[name]))     # what train.py measures is not used here
-    return {k: v for k, v in config.items() if k not in ("run", "runs", "device", "dtype", "log_every", "save_every", "keep_prefix", "eval_split", "eval_pairs")}
+    return {k: v for k, v in config.items() if k not in ("run", "runs", "device", "dtype", "log_every", "save_every", "keep_prefix", "eval_split", "eval_pairs")
+            and (v or k not in ("mask_labels", "labels", "mask_random"))}                 # newer than the first runs, whose keys stay
 
 
 def key(name, seed):
@@ -104,16 +105,13 @@ def measured(model, tokenizer, steering, split):
     return out
 
 
-def one(name, seed, split):
-    """Trains, measures. -> what is kept of it"""
+def trained(name, seed, split):
+    """Trains one policy into runs/results/NAME-SEED. -> (what is known of it, the opened run)"""
     import torch
     import fsrl
     import train
-    from gemma import load_gemma, load_tokenizer
     from tiny import make
     torch.set_num_threads(1)
-    if name == "base":
-        return measured(load_gemma("tiny/model"), load_tokenizer("tiny/model"), None, split)
     kept = {"name": name, "seed": seed, "settings": settings(name, seed)}
     changes, run = dict(kept["settings"]), RUNS / f"{name} {seed}".replace(" ", "-")
     shutil.rmtree(run, ignore_errors=True)
@@ -124,7 +122,22 @@ def one(name, seed, split):
         changes["sae"] = random_dictionary(RUNS / "random_dictionary" / "layer_3")
     with contextlib.redirect_stdout(io.StringIO()):
         out = train.train(train.TrainConfig(**changes, eval_split=split, eval_pairs=2, runs=str(run.parent), run=run.name))
-    opened = fsrl.load_run(out["run"], adapter=changes["adapter"])
+    return kept, fsrl.load_run(out["run"], adapter=changes["adapter"])
+
+
+def finished(name):
+    """Whether runs/results/ holds the adapter of "NAME SEED", trained to the end."""
+    path = RUNS / name.replace(" ", "-") / "metrics.jsonl"
+    return path.exists() and '"trained"' in path.read_text(encoding="utf-8")
+
+
+def one(name, seed, split):
+    """Trains, measures. -> what is kept of it"""
+    import torch
+    from gemma import load_gemma, load_tokenizer
+    if name == "base":
+        return measured(load_gemma("tiny/model"), load_tokenizer("tiny/model"), None, split)
+    kept, opened = trained(name, seed, split)
     kept |= measured(opened.model, opened.tokenizer, opened.steering, split)
     return kept | {"made": f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, one thread, torch {torch.__version__}"}
 
@@ -316,13 +329,15 @@ def main(argv=None):
     parser.add_argument("--only", choices=GROUPS, action="append", help="only this group (can be given several times)")
     parser.add_argument("--table", action="store_true", help="train nothing, write the tables of what is there")
     parser.add_argument("--split", choices=("test", "dev"), default="test", help="where it is measured; dev, for tuning, writes runs/results-dev.json and prints")
+    parser.add_argument("--policies", action="store_true", help="train again, without measuring, those of the groups that runs/results/ does not hold (for analyze.py --calibrate)")
     parser.add_argument("--one", nargs=2, metavar=("NAME", "SEED"), help=argparse.SUPPRESS)
     try:
         args = parser.parse_args(argv)
     except SystemExit as stop:
         return stop.code
     if args.one:
-        print(json.dumps(one(args.one[0], int(args.one[1]), args.split)))
+        name, seed = args.one[0], int(args.one[1])
+        print(json.dumps(trained(name, seed, args.split)[0] if args.policies else one(name, seed, args.split)))
         return 0
     import gemma
     from tqdm import tqdm
@@ -330,10 +345,14 @@ def main(argv=None):
     data = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"base": None, "pairs": pairs_say(), "runs": {}}
     todo = {} if args.table else {key(name, seed): (name, seed) for group in args.only or GROUPS for experiments, n in [GROUPS[group]]
                                   for seed in range(n) for name in experiments}
-    todo = ([("base", 0)] if not data["base"] and not args.table else []) + [job for k, job in todo.items() if k not in data["runs"]]
+    if args.policies:
+        todo = [job for job in todo.values() if not finished("{} {}".format(*job))]
+    else:
+        todo = ([("base", 0)] if not data["base"] and not args.table else []) + [job for k, job in todo.items() if k not in data["runs"]]
 
     def run_one(name, seed):
-        return name, seed, subprocess.run([sys.executable, __file__, "--split", args.split, "--one", name, str(seed)], capture_output=True, text=True)
+        how = [sys.executable, __file__, "--split", args.split, "--one", name, str(seed)] + ["--policies"] * args.policies
+        return name, seed, subprocess.run(how, capture_output=True, text=True)
 
     def keep():
         file.parent.mkdir(exist_ok=True)
@@ -346,9 +365,13 @@ def main(argv=None):
                 failed += 1
                 print(f"results.py: {name}, seed {seed} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}", file=sys.stderr)
                 continue
+            if args.policies:
+                continue
             result = json.loads(done.stdout.splitlines()[-1])
             data = {**data, "base": result} if name == "base" else {**data, "runs": {**data["runs"], key(name, seed): result}}
             keep()
+    if args.policies:
+        return 2 if failed else 0
     if not args.table:
         current = {key(name, seed) for experiments, n in GROUPS.values() for name in experiments for seed in range(n)}
         data["runs"] = {k: run for k, run in sorted(data["runs"].items()) if k in current}        # what an older default made goes

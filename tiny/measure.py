@@ -80,3 +80,31 @@ def read_probe(tokenizer, path=HERE / "pairs" / "probe.jsonl"):
         pairs, _ = simpo.encode_pairs(tokenizer, [{**record, "at": path.name}])
         out.setdefault(record["choice"], []).extend(pairs)
     return out
+
+
+def shares_of_choices(tokenizer, q, ids):
+    """How the log-probability of each token of an answer splits among the choices it settles (world.settles).
+
+    -> for each token a list of (category, ids taken off the mass before it, ids taken off after it, or None: it takes the token).
+    Its share is log mass(after) - log mass(before), or log p(token) - log mass(before), with mass(S) = 1 - p(S); the shares of
+    a token sum to log p(token). Categories: world.CHOICES; "value", which value was invented or which tool named; and "form", what no
+    choice is about, such as the full stop, and every token of an answer that does not parse.
+    """
+    choices = world.parse(q, [tokenizer.id_to_token(i) for i in ids]) if q else None
+    if choices is None:
+        return [[("form", (), None)] for _ in ids]
+    out = []
+    for settled in world.settles(q, choices):
+        here, gone = [], ()
+        for name, starts, index in settled:
+            category = name if name in world.CHOICES else "value"
+            if starts[index] is None:
+                after = tuple(sorted({*gone, *(tokenizer.token_to_id(s) for s in starts if s is not None)}))
+                here.append((category, gone, after))
+                gone = after
+            else:
+                here.append((category, gone, None))
+        if not here or here[-1][2] is not None:          # the token itself is forced, and settles nothing more
+            here.append(("form", gone, None))
+        out.append(here)
+    return out
