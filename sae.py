@@ -104,10 +104,12 @@ class JumpReLUSAE(nn.Module):
         return (f.to(self.W_dec.dtype) @ self.W_dec).to(self.b_dec.dtype) + self.b_dec
 
     def identity(self):
-        """A short digest of the weights: labels and adapters belong to one SAE, whatever its folder is called."""
+        """A short digest of the weights: labels and adapters belong to one SAE, whatever its folder is called, and in any dtype."""
         digest = hashlib.sha256()
-        for name in ("b_enc", "threshold", "b_dec"):                       # float32 always, so the same in any dtype
+        for name in ("b_enc", "threshold", "b_dec"):                       # float32 always
             digest.update(getattr(self, name).detach().float().cpu().numpy().tobytes())
+        for matrix in (self.W_enc.T, self.W_dec):                          # some 256 features in bf16: all of 65,536 would take seconds
+            digest.update(matrix[::max(1, self.d_sae // 256)].detach().bfloat16().float().contiguous().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
 

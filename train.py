@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 import fsrl
+import labels
 import simpo
 from gemma import UserError, atomically, choose_device, decode, generate, load_config, load_gemma, load_tokenizer
 from sae import load_sae
@@ -46,6 +47,9 @@ class TrainConfig:
     positions: str = setting("text", "the policy", "tokens that are steered: all but BOS, only those that predict an answer, or BOS too", choices=fsrl.POSITIONS)
     top_k: float = setting(None, "the policy", "per token only the K largest features act (a number below 1: that share of F)", above=0, type=float)
     mask: str = setting("", "the policy", "features that may not be steered: 3,17,900")
+    mask_labels: str = setting("", "the policy", "features so labelled may not be steered either: style, alignment, or style,alignment")
+    labels: str = setting(None, "the policy", "the label file of --mask-labels (default: labels.jsonl beside the SAE)", type=str)
+    mask_random: int = setting(0, "the policy", "instead of the features that --mask-labels names, mask N random others (without it: N of all)", low=0)
 
     loss: str = setting("sigmoid", "the objective", "SimPO's, or its hinge form", choices=("sigmoid", "hinge"))
     beta: float = setting(10.0, "the objective", "scale of the margin", above=0)
@@ -107,7 +111,10 @@ class TrainConfig:
             self.masked = sorted({int(i) for i in self.mask.split(",") if i.strip()})
         except ValueError:
             raise UserError(f"--mask is {self.mask!r}; it has to be feature numbers with commas between them") from None
-
+        if self.mask_labels and not set(self.mask_labels.split(",")) <= set(labels.LABELS):
+            raise UserError(f"--mask-labels is {self.mask_labels}; it has to be {', '.join(labels.LABELS)}, or {','.join(labels.LABELS)}")
+        if self.labels is not None and not self.mask_labels:
+            raise UserError("--labels says where the labels of --mask-labels are read: give that too")
 
     @property
     def held_pairs(self):
@@ -254,8 +261,33 @@ def prepare(config):
     torch.manual_seed(config.seed)
     adapter = fsrl.make_adapter(own, sae.d_in, sae.d_sae, spec=config.adapter, activation=config.activation, init=config.init, bandwidth=config.bandwidth)
     steering = fsrl.Steering(sae, adapter.to(device, fsrl.master_dtype(dtype)), fusion=config.fusion, positions=config.positions,
-                             top_k=config.top_k, masked=config.masked)
+                             top_k=config.top_k, masked=masked_features(config, sae))
     return load_gemma(config.model, dtype=dtype, device=device), tokenizer, steering, *sets, judge
+
+
+def masked_features(config, sae):
+    """The features that --mask, --mask-labels and --mask-random keep from being steered. -> list of indices; prints how many and why
+
+    Random ones are drawn by config.seed, and are never among those that the labels or --mask name.
+    """
+    masked, why, named = set(config.masked), [f"{len(config.masked)} by --mask"] if config.masked else [], set()
+    if config.mask_labels:
+        path = config.labels or labels.default_path(sae)
+        groups = labels.groups(labels.read_labels(path, sae), sae.d_sae)
+        named = {i for name in config.mask_labels.split(",") for i in groups[name].nonzero()[:, 0].tolist()}
+        if not config.mask_random:
+            why.append(f"{len(named)} labelled {config.mask_labels.replace(',', ' or ')} in {path}")
+    if config.mask_random:
+        taken = named | masked
+        free = [i for i in range(sae.d_sae) if i not in taken]
+        if config.mask_random > len(free):
+            raise UserError(f"--mask-random is {config.mask_random}; only {len(free)} of the SAE's {sae.d_sae} features are left to draw from")
+        order = torch.randperm(len(free), generator=torch.Generator().manual_seed(config.seed))
+        why.append(f"{config.mask_random} at random" + (f", none of the {len(named)} labelled {config.mask_labels.replace(',', ' or ')}" if config.mask_labels else ""))
+        named = {free[i] for i in order[:config.mask_random].tolist()}
+    if why:
+        print(f"Masked: {len(masked | named)} of {sae.d_sae} features may not be steered ({'; '.join(why)})")
+    return sorted(masked | named)
 
 
 def start_folder(config, model, steering, pairs, held):

@@ -65,6 +65,9 @@ def test_gemma_scope_files(tmp_path):
     x = torch.randn(5, 24)
     assert off(again.encode(x), sae.encode(x)) == 0 and again.layer == 12 and again.identity() == sae.identity()
     assert small_sae(small_gemma(), seed=9).identity() != sae.identity()
+    assert load_sae(tmp_path / "layer_12", dtype=torch.bfloat16).identity() == sae.identity()
+    again.W_dec.copy_(torch.nn.functional.normalize(torch.randn(again.W_dec.shape), dim=-1))          # the same encoder on other directions is another SAE
+    assert again.identity() != sae.identity()
     with np.load(folder / "params.npz") as arrays:                      # lower-case names, as some files have them
         np.savez_compressed(folder / "params.npz", **{k.lower(): v for k, v in arrays.items()})
     assert off(load_sae(folder).decode(sae.encode(x)), sae.decode(sae.encode(x))) == 0

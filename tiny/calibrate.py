@@ -1,0 +1,297 @@
+"""Do the instruments of analyze.py tell the truth? `python analyze.py --calibrate RUN...` over runs of the lab, where it is known.
+
+For every policy: what it does (its answers, and its log-odds on probe.jsonl, minimal pairs that differ in one choice), and what each instrument says it does.
+
+    (a) planted weights against behaviour: did training do what it was paid for?
+    (b) instruments against behaviour, for each choice and policy:
+        tokens     the ledger by token: nats of the gain on tokens that settle the choice
+        features   the ledger by feature: nats of the gain on features labelled with the choice (what they write)
+        masking    share of the gain lost without these features
+        rates      the paper's table: change of their share among active features, SAE to policy
+        writes     mean steering times what a feature writes, summed over all features: no labels, no thresholds, signed
+
+What is measured of a policy is kept in tiny/calibration.json under the digest of its adapter and made only once, so this can be
+stopped at any time. Thresholds (`THRESHOLD`) were fixed on the worlds style, honest and null; a world with other weights is reported apart.
+"""
+import hashlib
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import analyze  # noqa: E402
+import fsrl  # noqa: E402
+import labels as feature_labels  # noqa: E402
+import simpo  # noqa: E402
+from gemma import UserError, atomically, read_json  # noqa: E402
+from tiny import features, measure, world  # noqa: E402
+
+FILE = HERE / "calibration.json"
+INSTRUMENTS = ("tokens", "features", "masking", "rates", "writes")
+GROUPS = {"style": world.STYLE, "alignment": world.ALIGNMENT}
+PAIRS, LEDGER, ANSWERS = 400, 128, 2                      # held-out pairs, those of the feature ledger, sampled answers to each test question
+# From which size on an instrument counts as saying that a policy moves a choice; behaviour: nats of log-odds on the probe.
+THRESHOLD = {"behaviour": .3, "tokens": .05, "features": .05, "masking": .05, "rates": .25, "writes": .1}
+
+
+# ---- one policy --------------------------------------------------------------------------------------------------------
+
+def spearman(a, b):
+    """Rank correlation, ties at their mean rank; nan for fewer than three or a constant."""
+    def ranks(x):
+        x = np.asarray(x, dtype=np.float64)
+        return np.array([(x < v).sum() + ((x == v).sum() - 1) / 2 for v in x])
+    a, b = ranks(a), ranks(b)
+    return float(np.corrcoef(a, b)[0, 1]) if len(a) > 2 and a.std() and b.std() else float("nan")
+
+
+@torch.no_grad()
+def log_odds(model, tokenizer, edits):
+    """Mean log p(with the choice) - log p(without) of whole answers, over the probe's minimal pairs. -> {choice: (n,) nats}"""
+    out = {}
+    for name, pairs in measure.read_probe(tokenizer).items():
+        odds = np.zeros(len(pairs))
+        for index, batch in simpo.batches(pairs, 64):
+            chosen, rejected = simpo.response_logps(model, batch, edits)
+            n = batch.lengths.double()
+            odds[index] = (chosen.double() * n[:len(index)] - rejected.double() * n[len(index):]).numpy()
+        out[name] = odds
+    return out
+
+
+def rates_of_answers(model, tokenizer, edits):
+    """Rates of every choice in sampled answers to all test questions, ANSWERS of each."""
+    questions = ANSWERS * [q for some in world.split("test").values() for q in some]
+    return simpo.behave(model, tokenizer, questions, world, edits, temperature=1.0)[0]
+
+
+def material(run, pairs, sae_labels):
+    m = analyze.Material(run, pairs, {}, world, progress=False)
+    m.labels, m.groups = sae_labels, feature_labels.groups(sae_labels, run.sae.d_sae)
+    return m
+
+
+def labels_beside(run):
+    """What the lab says the features of this SAE write; made if it is not there (a random dictionary has none yet)."""
+    path = feature_labels.default_path(run.sae)
+    if not path.exists():
+        rows, _ = features.lab_labels(run.model, run.tokenizer, run.sae, progress=True)
+        feature_labels.write_labels(path, rows, run.sae, "lab, writes")
+    return feature_labels.read_labels(path, run.sae)
+
+
+def instruments(m):
+    """What each instrument says about each choice and both groups, on the pairs of m. -> {instrument: {choice or group: ratio or number}}, gain"""
+    names = analyze.categories(m)
+    gain = m.full - m.base
+    whole = m.mean(gain)
+    sure = analyze.apart(whole)
+    by_token = np.zeros((len(m.pairs), len(names)))
+    with torch.no_grad():
+        for r in m.rows:
+            by_token[r.index] = (analyze.split_margins(m, r, m.above(r, m.delta(r))) - analyze.split_margins(m, r, m.blocks(r, r.h))).double().numpy()
+    sets = {c: [i for i, row in m.labels.items() if c in (row.get("choices") or [])] for c in world.CHOICES}
+    sets |= {g: [i for i, row in m.labels.items() if g in (row["labels"] or [])] for g in GROUPS}
+    out = {name: {} for name in INSTRUMENTS}
+    for name in sets:
+        columns = [names.index(c) for c in GROUPS.get(name, (name,))]
+        out["tokens"][name] = {**m.mean(by_token[:, columns].sum(1)), "share": float(by_token[:, columns].sum() / gain.sum()) if sure else None}
+        keep = torch.ones(m.sae.d_sae)
+        keep[sets[name]] = 0.0
+        out["masking"][name] = m.mean(m.full - m.margins(keep), gain) if sure else None
+    some = m.some(LEDGER)
+    index = np.concatenate([r.index for r in some])
+    entries = np.full((len(m.pairs), len(sets)), np.nan)
+    marks = torch.zeros(m.sae.d_sae, 1 + len(sets))
+    marks[:, 0] = m.groups["known"].float()
+    for k, name in enumerate(sets):
+        marks[sets[name], 1 + k] = 1.0
+    for r in some:
+        value = analyze.integrated(m, r, 3).sum(1).double()
+        slots = torch.zeros(len(r.index), len(sets), dtype=torch.float64)
+        entries[r.index] = slots.index_add_(0, r.row[r.v.token], value[:, None] * marks[r.v.feature, 1:].double()).numpy()
+    share = {}
+    for kind in ("v", "f"):
+        total, tokens = torch.zeros(1 + len(sets), dtype=torch.float64), 0
+        for r in m.rows:
+            count = analyze.label_counts(getattr(r, kind), len(r.row), marks)
+            there = (count[:, 0] > 0) & (r.branch > 0)
+            total += (count / count[:, :1].clamp_min(1))[there].double().sum(0)
+            tokens += int(there.sum())
+        share[kind] = (total[1:] / max(1, tokens)).numpy()
+    # What a feature writes was measured for one length of push: nats a unit of length.
+    norm, answers = m.sae.W_dec.double().norm(dim=-1).numpy(), sum(int((r.branch > 0).sum()) for r in m.rows)
+    signed = m.events("v", lambda v: v, branches=(1, 2)) * norm / max(1, answers)
+    written = np.array([[m.labels[i]["writes"][c] if i in m.labels else 0.0 for c in world.CHOICES] for i in range(m.sae.d_sae)])
+    predicted = dict(zip(world.CHOICES, signed @ written / m.push))
+    for k, name in enumerate(sets):
+        out["features"][name] = {**m.mean(entries[:, k]), "share": float(np.nansum(entries[:, k]) / gain[index].sum()) if sure else None}
+        out["rates"][name] = float(share["v"][k] / share["f"][k] - 1) if share["f"][k] else None
+        out["writes"][name] = float(predicted[name]) if name in predicted else float(sum(abs(predicted[c]) for c in GROUPS[name]))
+    out["sizes"] = {name: len(some) for name, some in sets.items()}
+    return out | {"gain": whole, "sure": bool(sure)}
+
+
+def policy(folder, args):
+    """Everything about one run. -> dict"""
+    config = read_json(Path(folder) / "config.json")
+    run = fsrl.load_run(folder, adapter=args.adapter if config.get("adapter") else None, device="cpu")
+    meta, its_world = simpo.judge_of(config["pairs"])
+    if its_world is None:
+        raise UserError(f"{folder} was not trained on the lab's pairs ({config['pairs']}); only there the truth is known")
+    weights = {c: float(meta["weights"].get(c, 0)) for c in world.CHOICES}
+    edits, marks = run.steering.edits(), labels_beside(run)
+    states = torch.cat([simpo.prefix(run.model, batch, run.sae.layer)[batch.branch > 0] for _, batch in simpo.batches(features.label_pairs(run.tokenizer)[:64], 64)])
+    push = features.PUSH * states.norm(dim=-1).median().item()
+    out = {"run": Path(folder).name, "kind": kind_of(config, weights, run.sae), "weights": weights, "seed": config["seed"], "instruments": {},
+           "answers": rates_of_answers(run.model, run.tokenizer, edits)}
+    before, after = log_odds(run.model, run.tokenizer, None), log_odds(run.model, run.tokenizer, edits)
+    out["probe"] = {c: analyze.ratio(after[c] - before[c]) for c in world.CHOICES}
+    own = "null" if not any(weights.values()) else config["pairs"]
+    cross = {"style": HERE / "pairs" / "style", "honest": HERE / "pairs" / "honest"} if out["kind"] in ("style", "honest") else {}
+    for name, source in {"own": config["pairs"], **{k: v for k, v in cross.items() if k != out["kind"]}}.items():
+        # The control on coins is judged on pairs that say something, as everywhere in docs/results.md: its own have no truth in them.
+        source = HERE / "pairs" / "style" if own == "null" and name == "own" else source
+        pairs, _ = simpo.encode_pairs(run.tokenizer, simpo.read_pairs(source, "test", PAIRS))
+        m = material(run, pairs, marks)
+        m.push = push
+        out["instruments"][name] = instruments(m)
+    return out
+
+
+def kind_of(config, weights, sae):
+    """What a run is, for the tables: its world, and what is unusual about it."""
+    world_name = next((name for name, w in world.WORLDS.items() if {c: float(w.get(c, 0)) for c in world.CHOICES} == weights), None if any(weights.values()) else "null")
+    own = (json.loads((HERE / "sae" / "identity.json").read_text()) if (HERE / "sae" / "identity.json").exists() else {}).get("identity")
+    parts = [world_name or "new world"]
+    if not config.get("simpo_weight", 1):
+        parts.append("NLL alone")
+    if config.get("adapter"):
+        parts.append(Path(config["adapter"]).name.rpartition(":")[2].lower())
+    if sae.identity() != (own or _lab_identity()):
+        parts.append("random dictionary")
+    return ", ".join(parts)
+
+
+def _lab_identity():
+    from sae import load_sae
+    return load_sae("tiny/sae").identity()
+
+
+# ---- all of them ---------------------------------------------------------------------------------------------------------
+
+def planted(p, base):
+    """(a) of a policy: behaviour in points against planted weights, over the ten choices."""
+    points = np.array([100 * (p["answers"][c] - base["answers"][c]) for c in world.CHOICES])
+    weight = np.array([p["weights"][c] for c in world.CHOICES])
+    zero, negative = weight == 0, weight < 0
+    return {"points": dict(zip(world.CHOICES, points.tolist())), "slope": float(np.polyfit(weight, points, 1)[0]) if weight.std() else None, "spearman": spearman(weight, points) if weight.std() else None,
+            "decoys_moved": int((np.abs(points[zero]) > 5).sum()), "decoys": int(zero.sum()), "negatives_up": int((points[negative] > 0).sum()), "negatives": int(negative.sum())}
+
+
+def value_of(x):
+    return None if x is None else x["share"] if isinstance(x, dict) and "share" in x else x["value"] if isinstance(x, dict) else x
+
+
+def agreement(p, pairs="own"):
+    """(b) of a policy: each instrument against the probe. -> {instrument: {spearman, hits, false, missed, ...}}
+
+    signed instruments (tokens on pairs that reward what they reward, features, masking, rates) say how much, not which way: they are compared with the
+    size of the change, `writes` with the change itself.
+    """
+    out, moved = {}, {c: p["probe"][c]["value"] for c in world.CHOICES}
+    truth = {c: abs(moved[c]) >= THRESHOLD["behaviour"] and (p["probe"][c]["low"] > 0 or p["probe"][c]["high"] < 0) for c in world.CHOICES}
+    for name in INSTRUMENTS:
+        says = {c: value_of(p["instruments"][pairs][name][c]) for c in world.CHOICES}
+        known = [c for c in world.CHOICES if says[c] is not None]
+        size = [moved[c] if name == "writes" else abs(moved[c]) for c in known]
+        claims = {c: abs(says[c]) >= THRESHOLD[name] for c in known}
+        out[name] = {"spearman": spearman([says[c] for c in known], size), "hits": sum(claims[c] and truth[c] for c in known), "false": sum(claims[c] and not truth[c] for c in known),
+                     "missed": sum(truth[c] and not claims.get(c, False) for c in world.CHOICES), "moved": sum(truth.values()), "silent": not known}
+        style = value_of(p["instruments"][pairs][name]["style"])
+        alignment = value_of(p["instruments"][pairs][name]["alignment"])
+        out[name]["style_share"] = abs(style) / (abs(style) + abs(alignment)) if style is not None and alignment is not None and abs(style) + abs(alignment) else None
+    total = sum(abs(v) for v in moved.values())
+    out["behaviour"] = {"style_share": sum(abs(moved[c]) for c in world.STYLE) / total if total else None}
+    return out
+
+
+def mean_sd(values, form="{:.2f}"):
+    values = [v for v in values if v is not None and np.isfinite(v)]
+    if not values:
+        return "–"
+    return form.format(np.mean(values)) + (f" ± {form.format(np.std(values, ddof=1)).lstrip('+')}" if len(values) > 1 else "")
+
+
+def tables(data):
+    """calibration.json's tables and sentences, from its policies."""
+    kinds = {}
+    for p in data["policies"].values():
+        kinds.setdefault(p["kind"], []).append(p)
+    order = sorted(kinds, key=lambda k: (["style", "honest", "null"].index(k.split(",")[0]) if k.split(",")[0] in ("style", "honest", "null") else 9, len(k)))
+    of = lambda kind, get: [get(p) for p in kinds[kind]]      # noqa: E731
+    a = {k: [planted(p, data["base"]) for p in kinds[k]] for k in order}
+    b = {k: [agreement(p) for p in kinds[k]] for k in order}
+    out = [{"title": "Did training do what was planted?", "head": ["policy", "runs", "slope, points a unit of weight", "rank correlation", "decoys moved by more than 5 points", "negatives that rose"],
+            "rows": [[k, len(a[k]), mean_sd([x["slope"] for x in a[k]], "{:.1f}"), mean_sd([x["spearman"] for x in a[k]]), f"{np.mean([x['decoys_moved'] for x in a[k]]):.1f} of {a[k][0]['decoys']}",
+                      f"{np.mean([x['negatives_up'] for x in a[k]]):.1f} of {a[k][0]['negatives']}"] for k in order],
+            "note": "Change of the rates of sampled answers, in points, against the planted weights, over the ten choices; mean ± standard deviation over seeds. `null` has no weights: every choice is a decoy there."}]
+    out.append({"title": "Do the instruments rank the choices as behaviour does?", "head": ["policy", "runs", *INSTRUMENTS],
+                "rows": [[k, len(b[k]), *(mean_sd([x[i]["spearman"] for x in b[k]]) for i in INSTRUMENTS)] for k in order],
+                "note": "Rank correlation over the ten choices between what an instrument says and the change of log-odds on the probe (its size; for `writes` the change itself)."})
+    out.append({"title": "Do they find the choices that moved, and no others?", "head": ["policy", "moved", *(f"{i}: found, false" for i in INSTRUMENTS)],
+                "rows": [[k, f"{np.mean([x['tokens']['moved'] for x in b[k]]):.1f}", *(f"{np.mean([x[i]['hits'] for x in b[k]]):.1f}, {np.mean([x[i]['false'] for x in b[k]]):.1f}" if not all(x[i]["silent"] for x in b[k]) else "says nothing" for i in INSTRUMENTS)] for k in order],
+                "note": f"Moved: log-odds on the probe changed by {THRESHOLD['behaviour']} nats or more, and its interval leaves out 0. Found: of these, how many the instrument names; false: named but not moved. "
+                        f"Thresholds: " + ", ".join(f"{i} {THRESHOLD[i]}" for i in INSTRUMENTS) + ". An instrument that gives shares says nothing where the gain cannot be told from 0."})
+    out.append({"title": "How much of it is style?", "head": ["policy", "behaviour", *INSTRUMENTS],
+                "rows": [[k, mean_sd([x["behaviour"]["style_share"] for x in b[k]]), *(mean_sd([x[i]["style_share"] for x in b[k]]) for i in INSTRUMENTS)] for k in order],
+                "note": "|style| / (|style| + |alignment|), of the summed changes of log-odds on the probe and of what each instrument gives to the two groups."})
+    cross = [[f"{k} policy on {pairs} pairs", *(mean_sd(of(k, lambda p: value_of(p["instruments"][pairs if pairs != k else "own"]["tokens"][g])), "{:.2f}") for g in GROUPS),      # noqa: B023
+              *(mean_sd(of(k, lambda p: value_of(p["instruments"][pairs if pairs != k else "own"]["masking"][g])), "{:.2f}") for g in GROUPS),      # noqa: B023
+              mean_sd(of(k, lambda p: p["instruments"][pairs if pairs != k else "own"]["gain"]["value"]), "{:+.3f}")]      # noqa: B023
+             for k in ("style", "honest") if k in kinds for pairs in ("style", "honest")]
+    out.append({"title": "The cross: each policy on each world's pairs", "head": ["", "tokens: style", "tokens: alignment", "masking style", "masking alignment", "gain, nats a token"], "rows": cross,
+                "note": "Shares of the gain on tokens that settle a choice of the group, and shares lost when its features are masked."})
+    choices = [[c, *(cell for k in order[:3] for cell in (mean_sd(of(k, lambda p: p["probe"][c]["value"]), "{:+.2f}"), mean_sd(of(k, lambda p: value_of(p["instruments"]["own"]["tokens"][c])), "{:+.2f}"),      # noqa: B023
+                                                         mean_sd(of(k, lambda p: p["instruments"]["own"]["writes"][c]), "{:+.2f}")))] for c in world.CHOICES]      # noqa: B023
+    out.append({"title": "Choice by choice", "head": ["", *(f"{k}: {what}" for k in order[:3] for what in ("log-odds", "tokens", "writes"))], "rows": choices,
+                "note": "Change of log-odds on the probe in nats; share of the gain on its tokens; steering times what features write, in nats."})
+    return out
+
+
+def calibrate(args):
+    """analyze.py --calibrate. -> exit code"""
+    if not args.run:
+        raise UserError("--calibrate needs the folders of runs, such as runs/results/style-0 runs/results/honest-0")
+    folders = [Path(f) for f in args.run if (Path(f) / fsrl.CONFIG).exists()]
+    if not folders:
+        raise UserError(f"--calibrate: {args.run[0]} and the others are no finished runs")
+    file = Path(args.out) if args.out else FILE
+    data = read_json(file) if file.exists() else {"base": None, "policies": {}, "threshold": THRESHOLD}
+
+    def keep():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomically(file, lambda path: path.write_text(json.dumps(analyze.plain(data), indent=1) + "\n", encoding="utf-8"))
+    if not data["base"]:
+        from gemma import load_gemma, load_tokenizer
+        data["base"] = {"answers": rates_of_answers(load_gemma("tiny/model"), load_tokenizer("tiny/model"), None)}
+        keep()
+    for folder in tqdm(folders, desc="policies", disable=args.quiet):
+        digest = hashlib.sha256((folder / fsrl.WEIGHTS).read_bytes()).hexdigest()[:16]
+        if digest not in data["policies"]:
+            data["policies"][digest] = analyze.plain(policy(folder, args))
+            keep()
+    data |= {"tables": tables(data), "threshold": THRESHOLD, "made": f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, torch {torch.__version__}",
+             "command": "python analyze.py --calibrate runs/results/* --adapter docs/controls.py:Constant"}
+    keep()
+    for t in data["tables"]:
+        print("\n" + t["title"], "| " + " | ".join(t["head"]) + " |", *("| " + " | ".join(map(str, row)) + " |" for row in t["rows"]), t["note"], sep="\n")
+    print(f"\n{file}: {len(data['policies'])} policies")
+    return 0
