@@ -214,9 +214,9 @@ class Material:
         return out
 
     def some(self, pairs):
-        """About so many pairs, as rows: every n-th batch, so that all lengths are there."""
-        step = max(1, math.ceil(len(self.pairs) / pairs))
-        return self.rows[step // 2::step] or self.rows[:1]
+        """At least so many pairs (and enough for an interval), as batches evenly spaced, so that all lengths are there."""
+        n = min(len(self.rows), math.ceil(len(self.rows) * max(pairs, 2 * FEWEST) / len(self.pairs)))
+        return [self.rows[k] for k in np.unique(np.linspace(0, len(self.rows) - 1, n).round().astype(int))]
 
     def mean(self, values, den=None):
         """Of one value a pair, nan: not measured. -> ratio over prompts, with the interval over facts beside it on the lab"""
@@ -410,7 +410,7 @@ def usage(m, args):
 
 def siblings(m, args, top=50):
     """Overlap of the most used features (Σ‖v_i d_i‖) with those of runs that differ in their seed alone."""
-    here, found = m.run.folder.resolve(), []
+    here, found = Path(m.run.folder).resolve(), []
     drop = {"seed", "run", "runs", "date", "machine", "versions", "threads", "device", "eval_pairs", "log_every", "save_every", "keep_prefix", "eval_pairs_sha256"}
     same = lambda config: {k: v for k, v in config.items() if k not in drop}      # noqa: E731
     for path in sorted(here.parent.glob("*/config.json")):
@@ -775,15 +775,16 @@ def integrated(m, r, steps):
     """
     node, weight = np.polynomial.legendre.leggauss(steps)
     delta, C = m.delta(r), len(categories(m))
-    pull = torch.zeros(C, *delta.shape, dtype=torch.float32, device=delta.device)
+    wide = torch.promote_types(torch.float32, delta.dtype)
+    pull = torch.zeros(C, *delta.shape, dtype=wide, device=delta.device)
     for t, w in zip((node + 1) / 2, weight / 2):
         step = (delta * float(t)).requires_grad_(True)
         margin = split_margins(m, r, m.above(r, step)).sum(0)
         for c in range(C):
-            pull[c] += float(w) * torch.autograd.grad(margin[c], step, retain_graph=c + 1 < C)[0].float()
-    s, out = r.v, torch.empty(len(r.v.token), C, device=delta.device)
+            pull[c] += float(w) * torch.autograd.grad(margin[c], step, retain_graph=c + 1 < C)[0].to(wide)
+    s, out = r.v, torch.empty(len(r.v.token), C, dtype=wide, device=delta.device)
     for part in torch.arange(len(s.token), device=delta.device).split(2**13):
-        d = m.sae.W_dec[s.feature[part]].float()
+        d = m.sae.W_dec[s.feature[part]].to(wide)
         out[part] = s.value[part, None] * torch.einsum("nd,cnd->nc", d, pull[:, s.token[part]])
     return out
 
@@ -890,12 +891,13 @@ def geometry(m, args):
     """
     D, wide = m.sae.d_in, torch.float32 if m.model.device.type == "mps" else torch.float64
     second, total, n = torch.zeros(D, D, dtype=wide, device=m.model.device), torch.zeros(D, dtype=wide, device=m.model.device), 0
-    state, count = torch.zeros(2, D, dtype=wide, device=m.model.device), torch.zeros(2)
+    state, count, energy = torch.zeros(2, D, dtype=wide, device=m.model.device), torch.zeros(2), 0.0
     for r in m.bar(m.rows, "geometry"):
         here = r.branch > 0
         d = m.delta(r)[here].to(wide)
         second, total, n = second + d.T @ d, total + d.sum(0), n + len(d)
         h = r.h[r.where].to(wide)
+        energy += h[here].square().sum().item()
         for side in (1, 2):
             state[side - 1] += h[r.branch == side].sum(0)
             count[side - 1] += int((r.branch == side).sum())
@@ -905,7 +907,7 @@ def geometry(m, args):
     difference = state[0] / count[0] - state[1] / count[1]
     norm = lambda x: x.norm().clamp_min(1e-30)      # noqa: E731
     out = {"d_in": D, "tokens": n, "spectrum": value[:200].tolist(), **about0, "centred": centred, "constant": (mean.square().sum() / value.sum().clamp_min(1e-30)).item(),
-           "size": math.sqrt(value.sum().item()), "state_size": float(np.sqrt(np.mean([r.h[r.where].float().square().sum(-1).mean().item() for r in m.rows]))),
+           "size": math.sqrt(value.sum().item()), "state_size": math.sqrt(energy / max(1, n)),
            "cosine": (mean @ difference / (norm(mean) * norm(difference))).item(), "chance": 2 / math.sqrt(D), "directions": []}
     some = m.some(args.draw_pairs * 3)
     part = np.concatenate([r.index for r in some])
