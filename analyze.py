@@ -44,6 +44,7 @@ from gemma import UserError, atomically, decode, encode_text, generate, read_jso
 
 SECTIONS = ("behaviour", "usage", "rates", "causes", "ledger", "geometry")
 REGIONS = ("prompt", "chosen", "rejected")
+CALIBRATION = Path(__file__).resolve().parent / "tiny" / "calibration.json"
 FEWEST = 10              # clusters that an interval needs
 
 
@@ -965,6 +966,11 @@ def dashboards(m, ledger_features, contexts=3, width=12):
     rows = m.labels or {}
     weight = (1 + m.model.norm.weight.float()) * m.sae.W_dec[wanted.to(m.model.device)].float()
     effect = torch.cat([weight @ part.float().T for part in m.model.embed_tokens.weight.split(16384)], 1).cpu()
+    if m.world:                  # the lab's model has never seen most of its byte tokens, and what their rows hold is noise
+        seen = torch.unique(torch.cat([r.batch.ids.flatten().cpu() for r in m.rows]))
+        unseen = torch.ones(effect.shape[1], dtype=torch.bool)
+        unseen[seen] = False
+        effect[:, unseen] = 0.0
 
     def context(place):
         n = int(np.searchsorted(starts, place, side="right")) - 1
@@ -1068,7 +1074,8 @@ def analyze(run, **options):
     digest = hashlib.sha256((folder / fsrl.WEIGHTS).read_bytes()).hexdigest()[:16]
     same = {"adapter": digest, "pairs_sha256": simpo.digest(m.pairs), "labels_sha256": hashlib.sha256(json.dumps(m.labels, sort_keys=True).encode()).hexdigest()[:16] if m.labels else None}
     a = {"run": folder.name, "objective": report.objective(c), "pairs": c["pairs"], "split": c.get("eval_split", "test"), "held_out": len(m.pairs), "prompts": int(m.prompts.max()) + 1, "facts": int(m.facts.max()) + 1,
-         "lab": bool(m.world), "model": c["model"], "sae": m.sae.source, "layer": m.sae.layer, "config": c, **same, "labels": None, "sections": {}}
+         "lab": bool(m.world), "model": c["model"], "sae": m.sae.source, "layer": m.sae.layer, "config": c, **same, "labels": None, "limits": LIMITS, "options": {k: v for k, v in vars(args).items() if k in OPTIONS}, "folder": str(run),
+         "choices": {"style": m.world.STYLE, "alignment": m.world.ALIGNMENT} if m.world else None, "sections": {}}
     if m.labels:
         a["labels"] = {"by": sorted({str(r.get("by")) for r in m.labels.values()}), **feature_labels.shares(m.labels, m.sae.d_sae)}
     if args.only and out.exists() and all(read_json(out).get(k) == v for k, v in same.items()):
@@ -1084,6 +1091,9 @@ def analyze(run, **options):
     return a
 
 
+OPTIONS = ("limit", "answers", "probe_answers", "max_new_tokens", "draws", "draw_pairs", "ledger_pairs", "steps", "dashboards", "batch_size", "adapter", "labels")
+
+
 def parser():
     out = argparse.ArgumentParser(prog="analyze.py", description="What does the policy reward? Analyses a run, or labels features, or calibrates the instruments on runs of the lab.")
     out.add_argument("run", nargs="*", help="a run's folder, such as runs/style-1 (several with --calibrate)")
@@ -1095,9 +1105,9 @@ def parser():
     out.add_argument("--probe-answers", type=int, help="prompts that are answered for the health of every mask and strength [200, else 32]")
     out.add_argument("--max-new-tokens", type=int, help="longest answer [64, else 128]")
     out.add_argument("--draws", type=int, default=99, help="random sets of each kind [99]")
-    out.add_argument("--draw-pairs", type=int, default=128, help="pairs that random sets are scored on [128]")
+    out.add_argument("--draw-pairs", type=int, default=64, help="pairs that random sets are scored on [64]")
     out.add_argument("--ledger-pairs", type=int, default=256, help="pairs of the feature ledger [256]")
-    out.add_argument("--steps", type=int, default=5, help="points of integrated gradients [5]")
+    out.add_argument("--steps", type=int, default=4, help="points of integrated gradients [4]")
     out.add_argument("--dashboards", type=int, default=30, help="features with a dashboard [30]")
     out.add_argument("--batch-size", type=int, help="pairs a forward pass [32, else 2]")
     out.add_argument("--answer-batch", type=int, help="prompts answered at once [256, else 16]")
@@ -1123,7 +1133,7 @@ def main(argv=None):
         if len(args.run) != 1:
             raise UserError("name one run's folder, such as runs/style-1 (several only with --calibrate)")
         a = analyze(args.run[0], **{k: v for k, v in vars(args).items() if k != "run"})
-        page = report.write(a, Path(args.run[0]) / "report.html")
+        page = report.write(a, Path(args.run[0]) / "report.html", read_json(CALIBRATION) if CALIBRATION.exists() else None)
         print(report.summary(a))
         print("\n" + "\n".join(a["verdict"]["sentences"] + [f"RED: {x}" for x in a["verdict"]["alarms"]]))
         print(f"\n{a['seconds']:.0f} s. {Path(args.run[0]) / 'analysis.json'}; look at {page}")

@@ -5,7 +5,6 @@ import math
 import re
 import string
 import warnings
-from pathlib import Path
 
 from gemma import HERE, atomically
 
@@ -53,8 +52,10 @@ def verdict(a):
     for name, x in s.get("causes", {}).get("sets", {}).items():
         if name != "both":
             control = x["matched"] if x["matched"]["claim"] else x["random"]
-            kind = "of the same usage" if x["matched"]["claim"] else "of the same size; none of the same usage is left"
-            parts.append(f"without the {x['steered']} steered features labelled {name}, {percent(x['mask']['share'])} is lost (random sets {kind}: {100 * control['lost']['mean']:.0f}% [{100 * control['lost']['low']:.0f}, {100 * control['lost']['high']:.0f}])")
+            kind = "other sets of the same usage" if x["matched"]["claim"] else "random sets of the same size"
+            lost, share = control["lost"], x["mask"]["share"]
+            parts.append(f"without the {x['steered']} steered features labelled {name}, {percent(share)} is lost, {'more' if share['value'] > lost['high'] else 'no more'} than without {kind} "
+                         f"({100 * lost['mean']:.0f}% [{100 * lost['low']:.0f}, {100 * lost['high']:.0f}])")
     second = "; ".join(parts) or "No labels were there to say more"
     return {"sentences": [first, second[0].upper() + second[1:] + "."], "alarms": s.get("behaviour", {}).get("alarms", [])}
 
@@ -118,21 +119,34 @@ def tag(name, *inside, **attributes):
 
 
 def num(x, form=".3f", times=1, unit=""):
-    """A number with a proper minus sign; – for what is no finite number."""
-    return f"{times * x:{form}}{unit}".replace("-", "−") if isinstance(x, (int, float)) and math.isfinite(x) else "–"
+    """A number with a proper minus sign, none on a zero; – for what is no finite number."""
+    if not isinstance(x, (int, float)) or not math.isfinite(x):
+        return "–"
+    text = f"{times * x:{form}}"
+    return (text.replace("-", "−") if any(c in "123456789" for c in text) else text.lstrip("+-")) + unit
+
+
+def pc(x, form=".0f"):
+    return num(x, form, 100, "%")
+
+
+def pair(low, high, form=".3f", times=1):
+    return f"[{num(low, form, times)}, {num(high, form, times)}]"
 
 
 def interval(x, form=".3f", times=1, unit=""):
-    """value [low, high], and below it the interval over facts where there is one."""
-    if x is None:
-        return "–"
-    pair = lambda low, high: f"[{num(x.get(low), form, times)}, {num(x.get(high), form, times)}]"      # noqa: E731
-    wide = tag("span", "facts " + pair("facts_low", "facts_high"), class_="ci facts") if "facts_low" in x else ""
-    return join([num(x.get("value"), form, times, unit), " ", tag("span", pair("low", "high"), class_="ci"), wide])
+    """value [low, high], and below it the interval over facts where there is one. x: an interval, or the mean and the range of a control"""
+    wide = tag("span", "facts ", pair(x.get("facts_low"), x.get("facts_high"), form, times), class_="ci facts") if "facts_low" in x else ""
+    return join([num(x.get("value", x.get("mean")), form, times, unit), " ", tag("span", pair(x.get("low"), x.get("high"), form, times), class_="ci"), wide])
 
 
 def share(x):
     return interval(x, ".0f", 100, "%") if x else "–"
+
+
+def said(x, form=".3f", times=1, unit=""):
+    """value [low, high] in running text."""
+    return f"{num(x['value'], form, times, unit)} {pair(x['low'], x['high'], form.lstrip('+'), times)}"
 
 
 def table(head, rows, note=""):
@@ -147,17 +161,22 @@ def fold(title, *inside, **attributes):
     return tag("details", tag("summary", title), *inside, **attributes)
 
 
-def key(*entries):
-    """A figure's legend: (colour, text) or (colour, text, "box" or "ring")."""
-    return tag("div", *(tag("span", tag("i", style=f"--c:var(--{c})", class_=" ".join(shape)), text) for c, text, *shape in entries), class_="key")
+def key(*names, **others):
+    """A figure's legend: names of KEYS, or others by colour."""
+    entries = [KEYS[n] for n in names] + [(c, text) for c, text in others.items()]
+    return tag("div", *(tag("span", tag("i", style=f"--c:var(--{c})", class_=" ".join(shape) or None), text) for c, text, *shape in entries), class_="key")
+
+
+def absent(why, command, then):
+    return tag("p", why, " ", tag("code", f"python analyze.py {command}"), " ", then, class_="missing")
 
 
 def missing(a, section, name=None):
-    return tag("p", f"{name or section.capitalize()} was not computed for this report: ", tag("code", f"python analyze.py {where(a)} --only {section}"), " adds it.", class_="missing")
+    return absent(f"{name or section.capitalize()} was not computed for this report:", f"{where(a)} --only {section}", "adds it.")
 
 
 def unlabelled():
-    return tag("p", "There are no labels for this SAE, so nothing is said by label here. ", tag("code", "python analyze.py --make-labels KIND"), " makes them; then run the analysis again.", class_="missing")
+    return absent("There are no labels for this SAE, so nothing is said by label here.", "--make-labels KIND", "makes them; then run the analysis again.")
 
 
 def where(a):
@@ -173,22 +192,25 @@ def chips(labels):
 def visible(token, breaks=False):
     """A token as one reads it: newlines, tabs and control characters become signs."""
     signs = {"\n": "⏎\n" if breaks else "⏎", "\t": "⇥", "▁": " "}
-    return "".join(signs.get(c) or (chr(0x2400 + ord(c)) if c < " " else c) for c in token)
+    return "".join(signs.get(c) or (f"\\x{ord(c):02x}" if c < " " or c == "\x7f" else c) for c in token)
 
 
 # ---- figures: matplotlib draws them if it is there; the tables hold the same numbers ------------------------------------------------
 
 # Drawn in these colours, shown in the page's: light or dark.
 COLORS = {"style": "#b4552d", "alignment": "#2f6f4f", "both": "#7a5a9e", "base": "#868d96", "ink": "#20262e", "band": "#d3d7dc", "other": "#33557f", "dim": "#5b636e", "rule": "#dfe2e6"}
-ALIGNMENT = ("truth", "admit", "decline", "alignment", "refusal", "hedge")
+KEYS = {"base": ("base", "base model", "ring"), "style": ("style", "style"), "alignment": ("alignment", "alignment"), "both": ("both", "both together"), "dealt": ("band", "labels dealt anew (control)", "box"),
+        "steering": ("ink", "steering", "box"), "sae": ("base", "the SAE’s own activations", "box"), "random": ("band", "random sets of the same size", "box"), "matched": ("base", "sets of the same usage", "box"),
+        "top": ("ink", "its own first directions", "box"), "directions": ("base", "random directions", "box")}
+GREEN, GREY = ("alignment", "truth", "admit", "decline", "refusal", "hedge"), ("value", "form", "rest", "parse", "neither", "not judged")
 
 
 def color(name):
     """Of a choice, a kind of token or a group of features."""
-    return "both" if name == "both" else "alignment" if name in ALIGNMENT else "base" if name in ("value", "form", "rest", "parse", "neither", "not judged") else "style"
+    return "both" if name == "both" else "alignment" if name in GREEN else "base" if name in GREY else "style"
 
 
-def svg(name, paint, size=(4.3, 2.8)):
+def svg(name, paint, size=(4.3, 2.6)):
     """paint(axis) as SVG without its prolog, with ids of its own and the page's colours; "" without matplotlib."""
     try:
         import matplotlib
@@ -196,9 +218,9 @@ def svg(name, paint, size=(4.3, 2.8)):
     except ImportError:
         return ""
     ink, dim = COLORS["ink"], COLORS["dim"]
-    look = {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False, "text.color": ink,
-            "axes.labelcolor": dim, "axes.edgecolor": COLORS["base"], "xtick.color": COLORS["base"], "ytick.color": COLORS["base"], "xtick.labelcolor": dim, "ytick.labelcolor": ink,
-            "axes.unicode_minus": True, "grid.color": COLORS["rule"], "axes.axisbelow": True}
+    look = {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+            "text.color": ink, "axes.labelcolor": dim, "xtick.labelcolor": dim, "ytick.labelcolor": ink, **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), COLORS["base"]),
+            "grid.color": COLORS["rule"], "grid.linewidth": .6}
     with matplotlib.rc_context(look), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         figure, out = Figure(figsize=size, layout="constrained"), io.StringIO()
@@ -211,118 +233,133 @@ def svg(name, paint, size=(4.3, 2.8)):
     text = re.sub(r'(url\(#|href="#)', rf"\1{name}-", text)
     for c, value in COLORS.items():
         text = text.replace(value, f"var(--{c})")
+    text = re.sub(r">([^<]*)", lambda m: ">" + m[1].replace('"', "&quot;").replace("'", "&#x27;"), text)          # matplotlib leaves quotes as they are
     return Html(re.sub(r"\s*\n\s*", "\n", text))
 
 
-def figure(name, says, panels, tables, legend=""):
-    """panels: (title, paint, size). The numbers are folded below the figure, or stand open where nothing draws it."""
-    drawn = [(title, svg(f"{name}-{k}", paint, size)) for k, (title, paint, size) in enumerate(panels)]
-    if not panels or not drawn[0][1]:
+def figure(name, says, panels, tables, legend="", beside=False):
+    """panels: (title, paint, size). The numbers are folded below the figure, or lie beside it; where nothing draws it they stand open."""
+    drawn = [(title, picture) for k, (title, paint, *size) in enumerate(panels) if (picture := svg(f"{name}-{k}", paint, *size))]
+    if not drawn:
         return join([tag("p", says, class_="note"), tables])
-    boxes = tag("div", *(tag("div", tag("h4", title), picture) for title, picture in drawn), class_="panels", role="img", aria_label=says)
-    return join([tag("figure", legend, boxes, tag("figcaption", says)), fold("The numbers", tables)])
+    boxes = [tag("div", tag("h4", title), picture, role="img", aria_label=f"{title}. {says}") for title, picture in drawn] + [tag("div", tables)] * beside
+    return join([tag("figure", legend, tag("div", *boxes, class_="panels"), tag("figcaption", says)), "" if beside else fold("The numbers", tables)])
 
 
-def forest(axis, rows, xlabel, percent=True, zero=True):
-    """A dot with its interval a row, over the bands of its controls. rows: {"name", "color", "x" (value, low, high), "bands": [(low, high, mean, color, text)], "from"}"""
-    k = 100 if percent else 1
+def logarithmic(axis, x=True, y=False, percent=False):
+    """Plain numbers along logarithmic axes."""
+    for wanted, set_scale, ruler, times in ((x, axis.set_xscale, axis.xaxis, 1), (y, axis.set_yscale, axis.yaxis, 100 if percent else 1)):
+        if wanted:
+            set_scale("log")
+            ruler.set_major_formatter(lambda v, _, times=times: f"{times * v:,.10g}{'%' if times > 1 else ''}")
+            ruler.set_minor_formatter(lambda v, _: "")
+
+
+def forest(axis, rows, xlabel, k=100, zero=True):
+    """A dot, or a bar, with its interval a row, above the bands of its controls.
+
+    rows: {"name", "color", "x": interval, "from": where a line to it starts, "bar": bool, "bands": [(low, high, mean, color, why nothing is claimed)]}
+    """
     for y, row in enumerate(rows):
-        x, bands = row.get("x"), row.get("bands", [])
-        for n, (low, high, mean, c, text) in enumerate(bands):
-            at = y + .2 + .2 * n if row.get("below") else y
-            tall = .16 if row.get("below") else .62
-            axis.barh(at, k * (high - low), tall, k * low, color=COLORS[c], alpha=.35 if text else .95, lw=0)
-            if mean is not None:
-                axis.plot([k * mean] * 2, [at - tall / 2, at + tall / 2], color=COLORS["ink"], lw=1.2, alpha=.4 if text else .9)
-            if text:
-                axis.text(k * high, at, "  " + text, va="center", fontsize=7, color=COLORS["dim"])
+        x, c, bands = row["x"], COLORS[row["color"]], row.get("bands", [])
+        at, tall = (y - .2, .3) if bands else (y, .6)
+        for n, (low, high, mean, band, text) in enumerate(bands):
+            below = y + .06 + .2 * n
+            axis.barh(below, k * (high - low), .16, k * low, color=COLORS[band], alpha=.35 if text else .95, lw=0)
+            axis.plot([k * mean] * 2, [below - .08, below + .08], color=COLORS["ink"], lw=1.2, alpha=.4 if text else .9)
+            axis.annotate(text, (k * high, below), (4, 0), textcoords="offset points", va="center", fontsize=7.5, color=COLORS["dim"])
         if row.get("bar"):
-            axis.barh(y, k * x["value"], .62, color=COLORS[row["color"]], alpha=.45, lw=0)
-        at = y - .12 if row.get("below") else y
-        if (start := row.get("from")) is not None:
-            axis.plot([k * start, k * x["value"]], [at, at], color=COLORS[row["color"]], lw=2, alpha=.5)
-            axis.plot(k * start, at, "o", mfc="none", mec=COLORS[row["color"]], ms=5.5)
-        axis.plot([k * x["low"], k * x["high"]], [at, at], color=COLORS[row["color"]], lw=1.6)
-        axis.plot(k * x["value"], at, "o", color=COLORS[row["color"]], ms=2.5 if row.get("bar") else 5)
+            axis.barh(at, k * x["value"], tall, color=c, alpha=.45, lw=0)
+        if "from" in row:
+            axis.plot([k * row["from"], k * x["value"]], [at, at], color=c, lw=2, alpha=.5)
+            axis.plot(k * row["from"], at, "o", mfc="none", mec=c, ms=5.5)
+        axis.plot([k * x["low"], k * x["high"]], [at, at], color=c, lw=1.6)
+        axis.plot(k * x["value"], at, "o", color=c, ms=2.5 if row.get("bar") else 5)
     axis.set_yticks(range(len(rows)), [r["name"] for r in rows])
     axis.tick_params(axis="y", length=0)
+    axis.spines["left"].set_visible(False)
     axis.set_ylim(len(rows) - .4, -.6)
     axis.set_xlabel(xlabel)
+    axis.grid(axis="x")
     if zero:
-        axis.axvline(0, color=COLORS["base"], lw=.8, zorder=0)
-    axis.grid(axis="x", lw=.6)
+        axis.axvline(0, color=COLORS["base"], lw=.9, zorder=.6)
 
 
 # ---- the sections --------------------------------------------------------------------------------------------------------------------
 
-def behaviour(a, s):
-    out, both = [], [("greedy", "greedy"), ("sampled", "sampled, T=1")]
-    words = {"parse": ("well-formed answers", ".1f", 100, "%"), "perplexity": ("base model’s perplexity of the answers", ".2f"), "repetition": ("repeated 4-grams", ".1f", 100, "%"),
-             "markdown": ("answers with markdown", ".1f", 100, "%"), "non_ascii": ("characters beyond ASCII", ".2f", 100, "%"), "tokens": ("tokens an answer", ".1f"), "words": ("words an answer", ".1f"),
-             "lines": ("lines an answer", ".1f"), "distinct": ("distinct words, of all words", ".3f")}
-    if choices := s["sampled"].get("choices"):
-        rows = [{"name": n if (w := c.get("weight")) is None else f"{n} ({w:+g})".replace("-", "−"), "color": color(n), "from": c["base"],
-                 "x": {"value": c["steered"], "low": c["base"] + c["change"]["low"], "high": c["base"] + c["change"]["high"]}} for n, c in choices.items()]
+WORDS = {"parse": ("well-formed answers", ".1f", 100, "%"), "perplexity": ("base model’s perplexity of the answers", ".2f"), "repetition": ("repeated 4-grams", ".1f", 100, "%"),
+         "markdown": ("answers with markdown", ".1f", 100, "%"), "non_ascii": ("characters beyond ASCII", ".2f", 100, "%"), "tokens": ("tokens an answer", ".1f"),
+         "words": ("words an answer", ".1f"), "lines": ("lines an answer", ".1f"), "distinct": ("distinct words, of all words", ".3f")}
 
-        def against(axis):
-            for n, c in choices.items():
-                if c.get("weight") is not None:
-                    x, y = c["weight"], c["change"]
-                    axis.plot([x, x], [100 * y["low"], 100 * y["high"]], color=COLORS[color(n)], lw=1.4)
-                    axis.plot(x, 100 * y["value"], "o", color=COLORS[color(n)], ms=5)
-                    axis.annotate(n, (x, 100 * y["value"]), (5, 3), textcoords="offset points", fontsize=7.5, color=COLORS["dim"])
-            axis.axhline(0, color=COLORS["base"], lw=.8, zorder=0)
-            axis.set_xlabel("planted weight of the choice, in the utility")
-            axis.set_ylabel("change of its rate, points")
-            axis.margins(x=.14)
-        says = (f"How often each choice is made in answers sampled at temperature 1 to {s['prompts']} held-out prompts, base model (ring, the control) → policy (dot; the line through it is the 95% interval "
-                "of the change, over facts). In brackets the planted weight: what the preferences really paid for.")
-        numbers = table(["choice", "planted weight", *(f"{t}: {c}" for _, t in both for c in ("base", "steered", "change, points"))],
-                        [[n, num(c.get("weight"), "+g"), *(x for kind, _ in both for d in [s[kind].get("choices", {}).get(n)] for x in (
-                            (num(d["base"], ".1f", 100, "%"), num(d["steered"], ".1f", 100, "%"), interval(d["change"], "+.1f", 100)) if d else ("–",) * 3))] for n, c in choices.items()])
-        panels = [("Rate of each choice, base → policy", lambda axis: (forest(axis, rows, "share of answers, %", zero=False), axis.set_xlim(0, 100)), (4.3, .6 + .27 * len(rows)))]
-        if any(c.get("weight") is not None for c in choices.values()):
-            panels.append(("Change beside what was planted", against, (4.3, .6 + .27 * len(rows))))
-        out.append(figure("behaviour", says, panels, numbers, key(("base", "base model", "ring"), ("style", "style choice"), ("alignment", "alignment choice"))))
-    got = [n for n in words if n in s["sampled"]["base"]]
-    rows = [[words[n][0], *(num(s[kind][who].get(n), *words[n][1:]) for kind, _ in both for who in ("base", "steered"))] for n in got]
-    rows.append(["KL from the base model on neutral text, nats a token", "", num(s.get("kl")), "", num(s.get("kl"))])
-    out.append(tag("h3", "Health of the text"))
-    out.append(table(["", *(f"{t}: {who}" for _, t in both for who in ("base", "steered"))], rows,
-                     f"Whether the answers to {s['prompts']} held-out prompts are still text: each measure beside the base model’s own answers, which are the control. A measure that is much worse raises an alarm at the top."))
-    if s.get("examples"):
-        out.append(fold("Some answers, base beside policy", *(tag("div", tag("p", visible(e["prompt"]).strip(), class_="prompt"), tag("div", *(
-            tag("div", tag("h4", f"{t}, {who}"), tag("p", e.get(f"{kind}_{who}", ""), class_="answer")) for kind, t in both for who in ("base", "steered")), class_="two"), class_="pair") for e in s["examples"])))
-    return join(out)
+
+def behaviour(a, s):
+    both, who = {"greedy": "greedy", "sampled": "sampled, T=1"}, ("base", "steered")
+    rows = [[words, *(num(s[kind][w].get(n), *form) for kind in both for w in who)] for n, (words, *form) in WORDS.items() if n in s["sampled"]["base"]]
+    rows.append(["KL from the base model on neutral text, nats a token", *("", num(s.get("kl"))) * 2])
+    health = table(["", *(f"{t}: {w}" for t in both.values() for w in who)], rows, f"Whether the answers to {s['prompts']} held-out prompts are still text: each measure beside the "
+                   "base model’s own answers, which are the control. A measure that is much worse raises an alarm at the top.")
+    answers = [tag("div", tag("p", visible(e["prompt"]).strip(), class_="prompt"), tag("div", *(
+        tag("div", tag("h4", f"{t}, {w}"), tag("p", e.get(f"{kind}_{w}", ""), class_="answer")) for kind, t in both.items() for w in who), class_="two"), class_="pair") for e in s.get("examples", [])]
+    return join([rates_of_choices(s, both) if s["sampled"].get("choices") else "", tag("h3", "Health of the text"), health, fold("Some answers, base beside policy", *answers) if answers else ""])
+
+
+def rates_of_choices(s, both):
+    """The lab alone knows what an answer chooses."""
+    choices = s["sampled"]["choices"]
+    rows = [{"name": "well-formed" if n == "parse" else n if c.get("weight") is None else f"{n} ({num(c['weight'], '+g')})", "color": color(n), "from": c["base"],
+             "x": {"value": c["steered"], "low": c["base"] + c["change"]["low"], "high": c["base"] + c["change"]["high"]}} for n, c in choices.items()]
+
+    def rate(axis):
+        forest(axis, rows, "share of answers, %", zero=False)
+        axis.set_xlim(0, 100)
+
+    def against(axis):
+        for n, c in choices.items():
+            if c.get("weight") is not None:
+                x, y = c["weight"], c["change"]
+                axis.plot([x, x], [100 * y["low"], 100 * y["high"]], color=COLORS[color(n)], lw=1.4)
+                axis.plot(x, 100 * y["value"], "o", color=COLORS[color(n)], ms=5)
+                side = -1 if n in GREEN else 1                      # fewer names on top of each other
+                axis.annotate(n, (x, 100 * y["value"]), (5 * side, 3), textcoords="offset points", ha="right" if side < 0 else "left", fontsize=7.5, color=COLORS["dim"])
+        axis.axhline(0, color=COLORS["base"], lw=.8, zorder=0)
+        axis.set(xlabel="planted weight of the choice, in the utility", ylabel="change of its rate, points")
+        axis.margins(x=.14)
+    size = 4.3, .6 + .27 * len(rows)
+    panels = [("Rate of each choice, base → policy", rate, size)] + [("Change beside what was planted", against, size)] * any(c.get("weight") is not None for c in choices.values())
+    cells = lambda c: (pc(c["base"], ".1f"), pc(c["steered"], ".1f"), interval(c["change"], "+.1f", 100)) if c else ("–",) * 3      # noqa: E731
+    numbers = table(["choice", "planted weight", *(f"{t}: {c}" for t in both.values() for c in ("base", "steered", "change, points"))],
+                    [[n, num(c.get("weight"), "+g"), *(cell for kind in both for cell in cells(s[kind].get("choices", {}).get(n)))] for n, c in choices.items()])
+    return figure("behaviour", f"How often each choice is made in answers sampled at temperature 1 to {s['prompts']} held-out prompts: base model (ring, the control) → policy (dot; the line through it "
+                  "is the 95% interval of the change, over facts). In brackets the planted weight: what the preferences really paid for.", panels, numbers, key("base", "style", "alignment"))
 
 
 def usage(a, s):
-    def curve(region):
+    sides = {"steering": "steering", "sae": "SAE"}
+    every = [(f"{region}: {word}", x, x[side]) for region, x in s["regions"].items() for side, word in sides.items()]
+
+    def curve(x):
         def paint(axis):
-            for name, c, text in (("sae", "base", "SAE’s own"), ("steering", "ink", "steering")):
-                x = s["regions"][region][name]
-                axis.loglog(x["rank"], x["curve"], color=COLORS[c], lw=1.8 if name == "steering" else 1.4, ls="-" if name == "steering" else "--")
-            axis.set_xlabel("rank of the feature")
-            axis.set_ylabel("share of tokens")
-            axis.grid(lw=.5)
+            axis.plot(x["sae"]["rank"], x["sae"]["curve"], "--", color=COLORS["base"], lw=1.4)
+            axis.plot(x["steering"]["rank"], x["steering"]["curve"], color=COLORS["ink"], lw=1.8)
+            axis.set(xlabel="rank of the feature", ylabel="share of tokens")
+            logarithmic(axis, y=True, percent=True)
+            axis.grid()
         return paint
-    at = sorted({k for x in s["regions"].values() for y in ("steering", "sae") for k in x[y]["rank"] if k in (1, 2, 3, 5, 10, 20, 50, 100)} | {x[y]["rank"][-1] for x in s["regions"].values() for y in ("steering", "sae") if x[y]["rank"]})
-    ranked = lambda x, k: num(dict(zip(x["rank"], x["curve"])).get(k), ".2f", 100, "%")      # noqa: E731
-    says = "Share of a region’s tokens at which a feature is steered, the most used feature first, both axes logarithmic; beside it, dashed, the control: the SAE’s own activations at the same tokens. A flatter curve is more even use."
-    out = [figure("usage", says, [(f"{r} tokens ({x['tokens']:,.0f})", curve(r), (3.6, 2.6)) for r, x in s["regions"].items()],
-                  table(["rank", *(f"{r}: {y}" for r in s["regions"] for y in ("steering", "SAE"))], [[k, *(ranked(x[y], k) for x in s["regions"].values() for y in ("steering", "sae"))] for k in at]),
-                  key(("ink", "steering", "box"), ("base", "the SAE’s own activations", "box")))]
-    rows = [[f"{r}: {y if y == 'steering' else 'SAE'}", interval(x[y]["l0"], ".1f"), f"{x[y]['used']:,} of {s['d_sae']:,}", num(x[y]["top1"], ".0f", 100, "%"), num(x[y]["top10"], ".0f", 100, "%"),
-             num(x[y]["gini_used"], ".2f"), num(x[y]["gini_all"], ".2f"), num(x[y]["slope"], ".4f")] for r, x in s["regions"].items() for y in ("steering", "sae")]
-    out.append(table(["region", "features a token (L0)", "ever used", "events on the top 1%", "on the top 10%", "Gini, used", "Gini, all", "slope, log₁₀ a rank"], rows,
-                     "How many features act and how evenly: steering, and in the next row its control, the SAE’s own activations. Gini 0: all used alike; near 1: one does everything."))
+    panels = [(f"{region} tokens ({num(x['tokens'], ',.0f')})", curve(x), (3.6, 2.6)) for region, x in s["regions"].items() if any(v > 0 for side in sides for v in x[side]["curve"])]
+    curves = [dict(zip(x["rank"], x["curve"], strict=True)) for _, _, x in every]
+    at = sorted({k for c in curves for k in c if k in (1, 2, 3, 5, 10, 20, 50, 100) or k == max(c)})
+    numbers = table(["rank", *(name for name, _, _ in every)], [[k, *(pc(c.get(k), ".2f") for c in curves)] for k in at])
+    rows = [[name, interval(x["l0"], ".1f"), f"{x['used']:,} of {s['d_sae']:,}", pc(x["top1"]), pc(x["top10"]), num(x["gini_used"], ".2f"), num(x["gini_all"], ".2f"), num(x["slope"], ".4f")]
+            for name, _, x in every]
     seeds = s.get("seeds", {})
-    if seeds.get("jaccard"):
-        out.append(tag("p", f"Of the {seeds['top']} most used features, runs that differ in their seed alone ({', '.join(seeds['runs'])}) share: Jaccard {num(sum(seeds['jaccard']) / len(seeds['jaccard']), '.2f')} on the mean of "
-                            f"{len(seeds['jaccard'])} pairs of runs; control, sets drawn at random from the steered ones: {num(seeds['chance'], '.2f')}."))
-    else:
-        out.append(tag("p", "Whether another seed would use the same features cannot be said: no run that differs in its seed alone lies beside this one."))
-    return join(out)
+    overlap = seeds.get("jaccard")
+    again = (f"Of the {seeds['top']} most used features, runs that differ in their seed alone ({', '.join(seeds['runs'])}) share: Jaccard {num(sum(overlap) / len(overlap), '.2f')}, the mean of "
+             f"{len(overlap)} pairs of runs. The control, sets drawn at random from the steered ones: {num(seeds['chance'], '.2f')}.") if overlap else (
+        "Whether another seed would use the same features cannot be said: no run that differs in its seed alone lies beside this one.")
+    return join([figure("usage", "Share of a region’s tokens at which a feature is steered, the most used feature first, both axes logarithmic; beside it, dashed, the control: "
+                        "the SAE’s own activations at the same tokens. A flatter curve is more even use.", panels, numbers, key("steering", "sae")),
+                 table(["region", "features a token (L0)", "ever used", "events on the top 1%", "on the top 10%", "Gini, used", "Gini, all", "slope, log₁₀ a rank"], rows,
+                       "How many features act and how evenly: steering, and in the next row its control, the SAE’s own activations. Gini 0: all used alike; near 1: one does everything."), tag("p", again)])
 
 
 def labels(a, s):
@@ -330,188 +367,215 @@ def labels(a, s):
         return unlabelled()
     only = {"style": s["style"] - s["both"], "both": s["both"], "alignment": s["alignment"] - s["both"], "neither": s["neither"], "unlabelled": s["unlabelled"]}
     words = {"style": "style only", "alignment": "alignment only", "unlabelled": "unlabelled: not asked, or no usable answer"}
-    by = join((tag("b", x) for x in s["by"]), ", ")
-    return join([tag("p", "Source of the labels: ", by, ". Another source would give other labels; where two exist, ", tag("code", "python analyze.py --agree"), " says how far they agree."),
-                 tag("div", *(tag("i", class_=n, style=f"flex:{max(0, x):.4f} 0 0", title=f"{n} {x:.1%}") for n, x in only.items() if x > 0), class_="bar", role="img", aria_label="Shares of features by label; the table has the numbers."),
-                 table(["label", "share of the SAE’s features"], [[tag("span", words.get(n, n), class_=f"chip {n}"), num(x, ".1f", 100, "%")] for n, x in only.items()],
+    return join([tag("p", "Source of the labels: ", join((tag("b", x) for x in s["by"]), ", "), ". Another source would give other labels; where two exist, ",
+                     tag("code", "python analyze.py --agree A B"), " says how far they agree."),
+                 tag("div", *(tag("i", class_=n, style=f"flex:{x:.4f} 0 0", title=f"{n} {x:.1%}") for n, x in only.items() if x > 0), class_="bar", role="img",
+                     aria_label="Shares of features by label; the table has the numbers."),
+                 table(["label", "share of the SAE’s features"], [[tag("span", words.get(n, n), class_=f"chip {n}"), pc(x, ".1f")] for n, x in only.items()],
                        "Each feature counts once. Unlabelled is not the same as neither: unlabelled features are left out of sections 4 and 5. Nothing is compared here, so there is no control.")])
 
 
 def rates(a, s):
-    names = list(dict.fromkeys(n for x in s["regions"].values() for n in x))
-
-    def paint(label):
-        rows = [{"name": region, "color": color(label), "x": x[label]["change"], "bands": [(*x[label]["shuffled"], None, "band", "")]} for region, x in s["regions"].items() if label in x]
-        return (f"{label}: change of its share, SAE → steering", lambda axis: forest(axis, rows, "change, % of the SAE’s own share"), (4.3, .7 + .38 * len(rows)))
-    head = ["region, label", "of the SAE’s active features", "of the steered features", "change", "labels dealt anew, 95%", "p", "SAE, a pair", "steered, a pair"]
-    rows = [[f"{region}, {n}", share(x["sae"]), share(x["steering"]), interval(x["change"], "+.0f", 100, "%"), f"[{num(x['shuffled'][0], '+.0f', 100)}, {num(x['shuffled'][1], '+.0f', 100)}]", num(x["p"], ".2f"),
+    def panel(label):
+        rows = [{"name": region, "color": color(label), "x": x[label]["change"], "bands": [(*x[label]["shuffled"], math.nan, "band", "")]} for region, x in s["regions"].items() if label in x]
+        return f"{label}: change of its share, SAE → steering", lambda axis: forest(axis, rows, "change, % of the SAE’s own share"), (4.3, .7 + .38 * len(rows))
+    rows = [[f"{region}, {n}", share(x["sae"]), share(x["steering"]), interval(x["change"], "+.0f", 100, "%"), pair(*x["shuffled"], "+.0f", 100), num(x["p"], ".2f"),
              share(x.get("sae_per_pair")), share(x.get("steering_per_pair"))] for region, some in s["regions"].items() for n, x in some.items()]
-    says = ("How much larger (or smaller) a label’s share is among the steered features than among the SAE’s own active ones, with its interval; grey, the control: the range of the same number in 95 of 100 deals "
-            "of the labels among the judged features. A dot inside the grey band says nothing about that label.")
-    theory = ", ".join(f"{n} {num(x, '.0f', 100, '%')}" for n, x in s["theory"].items())
-    mass = ", ".join(f"{n} {num(x, '.0f', 100, '%')}" for n, x in s.get("mass", {}).items())
-    return join([figure("rates", says, [paint(n) for n in names], table(head, rows, "p: share of the deals that moved the number at least as far. A pair: every pair counts once, instead of every token."),
-                        key(("style", "style"), ("alignment", "alignment"), ("band", "labels dealt anew (control)", "box"))),
-                 tag("p", f"If all {s['judged']['features']:,} judged features (of {s['judged']['of']:,}) were active equally often, the shares would be {theory}. Weighed by how far features are pushed (Σ‖v d‖), instead of how often: {mass}.")])
+    numbers = table(["region, label", "of the SAE’s active features", "of the steered features", "change", "labels dealt anew, 95%", "p", "SAE, a pair", "steered, a pair"], rows,
+                    "p: share of the deals that moved the number at least as far. A pair: every pair counts once, instead of every token.")
+    listed = lambda shares: ", ".join(f"{n} {pc(x)}" for n, x in shares.items())      # noqa: E731
+    return join([figure("rates", "How much larger (or smaller) a label’s share is among the steered features than among the SAE’s own active ones, with its interval; grey, the control: the range of the "
+                        "same number in 95 of 100 deals of the labels among the judged features. A dot that lies over its grey band says nothing about that label; one beside it does.",
+                        [panel(n) for n in dict.fromkeys(n for x in s["regions"].values() for n in x)], numbers, key("style", "alignment", "dealt")),
+                 tag("p", f"If all {s['judged']['features']:,} judged features (of {s['judged']['of']:,}) were active equally often, the shares would be {listed(s['theory'])}. "
+                          f"Weighed by how far features are pushed (Σ‖v d‖), instead of how often: {listed(s.get('mass', {}))}.")])
 
 
 def causes(a, s):
-    out = [tag("p", f"With all features, the policy’s gain is {num(s['gain']['value'], '+.3f')} nats a token [{num(s['gain']['low'])}, {num(s['gain']['high'])}], its loss {num(s['loss']['base']['value'])} → {num(s['loss']['steered']['value'])}, "
-                    f"its accuracy {num(s['accuracy']['base']['value'], '.1f', 100, '%')} → {num(s['accuracy']['steered']['value'], '.1f', 100, '%')}; {s['used']:,} features are steered at all.")]
-    band = lambda x, what: (x[what]["low"], x[what]["high"], x[what]["mean"])      # noqa: E731
-    three = lambda x, what: Html(f"{num(x[what]['mean'], '.0f', 100, '%')} <span class=\"ci\">[{num(x[what]['low'], '.0f', 100)}, {num(x[what]['high'], '.0f', 100)}]</span>")      # noqa: E731
-    if s.get("sets"):
-        def paint(what, do):
-            rows = [{"name": f"{n}\n({x['steered']})", "color": color(n), "x": x[do]["share"], "below": True, "bands": [(*band(x["random"], what), "band", ""), (*band(x["matched"], what), "base", "" if x["matched"]["claim"] else
-                     f"no claim (match {num(x['matched']['match'], '.2f')})")]} for n, x in s["sets"].items()]
-            return lambda axis: forest(axis, rows, "share of the gain, %")
-        panels = [("Lost when the set is masked", paint("lost", "mask"), (4.3, 2.9)), ("Left when only the set acts", paint("left", "keep"), (4.3, 2.9))]
-        says = (f"Share of the gain that goes with a set of features (how many are steered in brackets) and its interval. Controls, {s['draws']} of each, as the band of 95% with the mean: sets of the same size drawn from all steered features, "
-                "and sets outside the label that are used as much. Where nothing like that is left to draw (match below 0.8), no claim is made and the band is pale.")
-        rows = []
-        for n, x in s["sets"].items():
-            for do, what, word in (("mask", "lost", "lost when masked"), ("keep", "left", "left when alone")):
-                control = lambda kind: three(x[kind], what) if kind == "random" or x[kind]["claim"] else join([three(x[kind], what), tag("span", f"no claim: match {num(x[kind]['match'], '.2f')}", class_="ci facts")])      # noqa: E731, B023
-                rows.append([f"{n}: {word}", f"{x['steered']} of {x['labelled']}", num(x["usage"], ".0f", 100, "%"), share(x[do]["share"]), control("random"), num(x["random"].get(f"p_{what}"), ".2f"), control("matched"),
-                             num(x["matched"].get(f"p_{what}"), ".2f") if x["matched"]["claim"] else "–", num(x[do]["loss"]["value"]), num(x[do]["accuracy"]["value"], ".1f", 100, "%"), *sound(x[do]["health"])])
-        numbers = table(["set", "steered, of labelled", "share of usage", "share of the gain", "random sets", "p", "matched sets", "p", "loss", "accuracy", *sound_head(s)], rows,
-                        f"p: share of the control sets that do at least as much, on {s['draw_pairs']} pairs. Loss, accuracy and text are those of the policy that is left.")
-        out.append(figure("causes", says, panels, numbers, key(("style", "style"), ("alignment", "alignment"), ("both", "both together"), ("band", "random sets of the same size", "box"), ("base", "sets of the same usage", "box"))))
-        if p := s.get("per_feature"):
-            names = [n for n in p if n not in ("ratio", "errors")]
-            note = (f"What masking a label adds to the loss, shared among its features: the paper’s number. Ratio style : alignment {num(p['ratio'], '.2f')}. Its control is wrong labels: with " +
-                    "; with ".join(f"{num(float(e), '.0f', 100, '%')} of each set exchanged at random it comes out from {num(x[0], '.2f')} to {num(x[1], '.2f')}" for e, x in p["errors"].items()) + ".")
-            out.append(table(["label", "loss added", "a labelled feature", "a steered feature"], [[n, num(p[n]["added"], "+.4f"), num(p[n]["a_labelled_feature"], "+.6f"), num(p[n]["a_steered_feature"], "+.6f")] for n in names], note))
-    else:
-        out.append(unlabelled())
-    for kind, title, says in (("strength", "Strength", "The steering multiplied by a factor: 0 is the base model, 1 (dotted) the policy as trained; both are the controls for what lies between and beyond."),
-                              ("top_k", "Top-k", "Only the k most strongly pushed features of every token act; the control is “all”, the policy as trained.")):
-        if points := s.get(kind):
-            out += [tag("h3", title), sweep(kind, points, says)]
+    loss, accuracy = s["loss"], s["accuracy"]
+    out = [tag("p", f"With all features, the policy’s gain is {said(s['gain'], '+.3f')} nats a token, its loss {num(loss['base']['value'])} → {num(loss['steered']['value'])}, "
+                    f"its accuracy {pc(accuracy['base']['value'], '.1f')} → {pc(accuracy['steered']['value'], '.1f')}; {s['used']:,} features are steered at all.")]
+    out.append(masking(s) if s.get("sets") else unlabelled())
+    if p := s.get("per_feature"):
+        errors = "; with ".join(f"{pc(float(e))} of each set exchanged at random it comes out from {num(x[0], '.2f')} to {num(x[1], '.2f')}" for e, x in p["errors"].items())
+        out.append(table(["label", "loss added", "a labelled feature", "a steered feature"],
+                         [[n, num(x["added"], "+.4f"), num(x["a_labelled_feature"], "+.6f"), num(x["a_steered_feature"], "+.6f")] for n, x in p.items() if n not in ("ratio", "errors")],
+                         f"What masking a label adds to the loss, shared among its features: the paper’s number. Ratio style : alignment {num(p['ratio'], '.2f')}. Its control is wrong labels: with {errors}."))
+    if s.get("strength"):
+        out += [tag("h3", "Strength"), sweep("strength", s["strength"], s["health"]["base"], "The steering multiplied by a factor: 0 is the base model, 1 (dotted) the policy as trained; "
+                                             "both are the controls for what lies between and beyond.")]
+    if s.get("top_k"):
+        out += [tag("h3", "Top-k"), sweep("top_k", s["top_k"], s["health"]["base"], "Only the k most strongly pushed features of every token act; the control is “all”, the policy as trained.")]
     return join(out)
 
 
+def masking(s):
+    """Sets of features, masked and alone, beside their controls."""
+    ways = {"lost": ("mask", "Lost when the set is masked", "lost when masked"), "left": ("keep", "Left when only the set acts", "left when alone")}
+    unfit = lambda x: "" if x["claim"] else f"no claim (match {num(x['match'], '.2f')})"      # noqa: E731
+    control = lambda x, what: join([share(x[what]), tag("span", unfit(x), class_="ci facts") if unfit(x) else ""])      # noqa: E731
+
+    def panel(what):
+        band = lambda x, c: (x[what]["low"], x[what]["high"], x[what]["mean"], c)      # noqa: E731
+        rows = [{"name": f"{n}\n({x['steered']})", "color": color(n), "x": x[ways[what][0]]["share"],
+                 "bands": [(*band(x["random"], "band"), ""), (*band(x["matched"], "base"), unfit(x["matched"]))]} for n, x in s["sets"].items()]
+        return ways[what][1], lambda axis: forest(axis, rows, "share of the gain, %"), (4.3, .7 + .75 * len(rows))
+    rows = []
+    for n, x in s["sets"].items():
+        for what, (do, _, word) in ways.items():
+            rows.append([f"{n}: {word}", f"{x['steered']} of {x['labelled']}", pc(x["usage"]), share(x[do]["share"]), share(x["random"][what]), num(x["random"].get(f"p_{what}"), ".2f"),
+                         control(x["matched"], what), num(x["matched"].get(f"p_{what}"), ".2f") if x["matched"]["claim"] else "–",
+                         num(x[do]["loss"]["value"]), pc(x[do]["accuracy"]["value"], ".1f"), *sound(x[do]["health"]).values()])
+    numbers = table(["set", "steered, of labelled", "share of usage", "share of the gain", "random sets", "p", "matched sets", "p", "loss", "accuracy", *sound(s["health"]["steered"])], rows,
+                    f"p: share of the control sets that do at least as much, on {s['draw_pairs']} pairs. Loss, accuracy and text are those of the policy that is left.")
+    return figure("causes", f"Share of the gain that goes with a set of features (in brackets how many are steered) and its interval. Controls, {s['draws']} of each, as the band of 95% with the mean: sets of "
+                  "the same size drawn from all steered features, and sets outside the label that are used as much. Where nothing like that is left to draw (match below 0.8), no claim is made and "
+                  "the band is pale.", [panel("lost"), panel("left")], numbers, key("style", "alignment", "both", "random", "matched"))
+
+
 def sound(x):
-    return [num(x["parse"], ".1f", 100, "%")] * ("parse" in x) + [num(x["perplexity"], ".2f"), num(x["repetition"], ".1f", 100, "%")]
+    """A few measures of health, in words."""
+    return ({"well-formed": pc(x.get("parse"), ".1f")} if "parse" in x else {}) | {"perplexity": num(x["perplexity"], ".2f"), "repeated 4-grams": pc(x["repetition"], ".1f")}
 
 
-def sound_head(s):
-    return ["well-formed"] * ("parse" in s.get("health", {}).get("steered", {})) + ["perplexity", "repeated 4-grams"]
+def sweep(kind, points, base, says):
+    """Loss beside the health of the text, along strength or k. base: the base model's health"""
+    names = [num(p["strength"], "g") if kind == "strength" else str(p["top_k"] or "all") for p in points]
+    widest = 2 * max([p["top_k"] for p in points if p.get("top_k")] or [1])
+    xs = [p["strength"] if kind == "strength" else p["top_k"] or widest for p in points]
+    healthy, times, word = ("parse", 100, "well-formed answers, %") if "parse" in base else ("perplexity", 1, "base model’s perplexity")
 
-
-def sweep(kind, points, says):
-    """Loss beside the health of the text, along strength or k."""
-    last = max([p["top_k"] for p in points if p.get("top_k")] or [1]) * 2 if kind == "top_k" else None
-    xs = [p["strength"] if kind == "strength" else p["top_k"] or last for p in points]
-    healthy = "parse" if "parse" in points[0]["health"] else "perplexity"
-
-    def axes(axis, ylabel):
-        axis.set_xlabel("strength" if kind == "strength" else "features that may act at a token, k")
-        axis.set_ylabel(ylabel)
-        axis.grid(lw=.6)
-        if kind == "top_k":
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(xs, [str(p["top_k"] or "all") for p in points])
-            axis.minorticks_off()
-        else:
+    def along(axis, ylabel):
+        axis.set(xlabel="strength" if kind == "strength" else "features that may act at a token, k", ylabel=ylabel)
+        axis.grid()
+        if kind == "strength":
             axis.axvline(1, color=COLORS["base"], lw=1, ls=":")
+        else:
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(xs, names)
+            axis.minorticks_off()
 
     def loss(axis):
         axis.fill_between(xs, [p["loss"]["low"] for p in points], [p["loss"]["high"] for p in points], color=COLORS["band"], lw=0)
         axis.plot(xs, [p["loss"]["value"] for p in points], "o-", color=COLORS["ink"], ms=4)
-        axes(axis, "held-out SimPO loss")
+        along(axis, "held-out SimPO loss")
 
     def text(axis):
-        axis.plot(xs, [p["health"][healthy] * (100 if healthy == "parse" else 1) for p in points], "o-", color=COLORS["other"], ms=4)
-        axes(axis, "well-formed answers, %" if healthy == "parse" else "base model’s perplexity")
-    numbers = table(["strength" if kind == "strength" else "k", "loss", "accuracy", *sound_head({"health": {"steered": points[0]["health"]}})],
-                    [[num(p["strength"], "g") if kind == "strength" else p["top_k"] or "all", interval(p["loss"]), share(p["accuracy"]), *sound(p["health"])] for p in points])
-    return figure(kind, says, [("Loss, with its 95% interval", loss, (4.3, 2.6)), ("Is the text still sound?", text, (4.3, 2.6))], numbers)
+        values = [times * p["health"][healthy] for p in points]
+        finite = [v for v in [*values, times * base[healthy]] if math.isfinite(v)] or [1]
+        axis.axhline(times * base[healthy], color=COLORS["base"], lw=1, ls="--")
+        axis.plot(xs, values, "o-", color=COLORS["other"], ms=4)
+        axis.set_ylim((min(88, min(finite) - 2), 101) if healthy == "parse" else (0, 1.15 * max(finite)))      # so that noise does not look like news
+        along(axis, word)
+    numbers = table([kind.replace("_", "-"), "loss", "accuracy", *sound(base)], [[name, interval(p["loss"]), share(p["accuracy"]), *sound(p["health"]).values()] for name, p in zip(names, points, strict=True)])
+    return figure(kind, says, [("Loss, with its 95% interval", loss), ("Is the text still sound? (dashed: base model)", text)], numbers)
+
+
+def nats(x):
+    """Cells of an entry of the ledger."""
+    return interval(x, "+.4f"), share(x.get("share"))
 
 
 def ledger_tokens(a, s):
+    groups = s.get("token_groups", {})
     rows = [{"name": n, "color": color(n) if a.get("lab") else "other", "x": x, "bar": True} for n, x in s["tokens"].items()]
-    lab = "what the token settles: one of the planted choices, a fact’s value, or mere form; exact, since the lab’s grammar is known" if a.get("lab") else "kind of token: the first of a few rules on its text that fits"
-    says = (f"How much of the gain of {num(s['gain']['value'], '+.3f')} nats a token [{num(s['gain']['low'])}, {num(s['gain']['high'])}] falls on which tokens of the answers, by {lab}. "
-            "The control is the base model’s log-probability of the same token: 0 means unchanged.")
-    numbers = [[n, interval(x, "+.4f"), share(x.get("share"))] for n, x in s["tokens"].items()] + [[tag("b", f"all {n} choices"), interval(x, "+.4f"), share(x.get("share"))] for n, x in s.get("token_groups", {}).items()]
-    legend = key(("style", "style choice"), ("alignment", "alignment choice"), ("base", "neither")) if a.get("lab") else ""
-    numbers = table(["tokens", "nats a token", "share of the gain"], numbers, f"The entries add up to the gain but for {num(s.get('tokens_error'), '.1e')} of it, which is rounding.")
-    groups = [f"{n} choices {num(x['value'], '+.3f')} nats" + (f", {num(x['share']['value'], '.0f', 100, '%')} of the gain [{num(x['share']['low'], '.0f', 100)}, {num(x['share']['high'], '.0f', 100)}]" if x.get("share") else "") for n, x in s.get("token_groups", {}).items()]
-    return join([figure("tokens", says, [("Gain by token", lambda axis: forest(axis, rows, "nats a token", percent=False), (4.3, .6 + .24 * len(rows)))], numbers, legend), tag("p", "Together: " + "; ".join(groups) + ".") if groups else ""])
+    numbers = table(["tokens", "nats a token", "share of the gain"], [[n, *nats(x)] for n, x in s["tokens"].items()] + [[tag("b", f"all {n} choices"), *nats(x)] for n, x in groups.items()],
+                    f"The entries add up to the gain but for {num(s.get('tokens_error'), '.1e')} of it, which is rounding.")
+    kinds = ("by what the token settles: one of the planted choices, a fact’s value, or mere form; exact, since the lab’s grammar is known" if a.get("lab") else
+             "by kind of token: the first of a few rules on its text that fits")
+    together = [f"{n} choices {num(x['value'], '+.3f')} nats" + (f", {said(x['share'], '.0f', 100, '%')} of the gain" if x.get("share") else "") for n, x in groups.items()]
+    return join([figure("tokens", f"How much of the gain of {said(s['gain'], '+.3f')} nats a token falls on which tokens of the answers, {kinds}. The control is the base model’s log-probability of the "
+                        "same token: 0 means unchanged.", [("Gain by token", lambda axis: forest(axis, rows, "nats a token", 1), (4.3, .6 + .28 * len(rows)))], numbers,
+                        key("style", "alignment", base="a fact’s value, or mere form") if a.get("lab") else "", beside=True), tag("p", "Together: " + "; ".join(together) + ".") if together else ""])
 
 
 def ledger_features(a, s):
-    groups, gain, chance = s["groups"], s["gain"]["value"], s.get("chance", {})
-    rows = [{"name": n, "color": color(n), "x": x["total"], "bar": True, "bands": [(*(gain * chance[n][k] for k in ("low", "high", "mean")), "band", "")] if n in chance else []} for n, x in groups.items()]
-    says = (f"The gain of {s['feature_pairs']} pairs, split over features by integrated gradients and added up by label, with its interval; grey, the control: what the same number of features brings when the labels are dealt anew "
-            "among the judged, steered features (95% of 999 deals, with the mean).")
-    numbers = table(["features", "nats a token", "share of the gain", "how many", "labels dealt anew: share", "p"], [[n, interval(x["total"], "+.4f"), share(x["total"].get("share")), *(
-        (f"{c['features']:,}", f"{num(c['mean'], '.0f', 100, '%')} [{num(c['low'], '.0f', 100)}, {num(c['high'], '.0f', 100)}]", num(c["p"], ".3f")) if (c := chance.get(n)) else ("–",) * 3)] for n, x in groups.items()])
-    out = [] if a.get("labels") else [unlabelled()]
-    out.append(figure("groups", says, [("Gain by label of the feature", lambda axis: forest(axis, rows, "nats a token", percent=False), (4.3, .75 + .42 * len(rows)))], numbers,
-                      key(("style", "style"), ("alignment", "alignment"), ("base", "neither, or not judged"), ("band", "labels dealt anew (control)", "box"))))
+    groups, places, gain, chance = s["groups"], s.get("regions", {}), s["gain"]["value"], s.get("chance", {})
+    band = lambda c: [(gain * c["low"], gain * c["high"], gain * c["mean"], "band", "")] if c else []      # noqa: E731
+    rows = [{"name": n, "color": color(n), "x": x["total"], "bar": True, "bands": band(chance.get(n))} for n, x in groups.items()]
+    where_made = [{"name": n, "color": "other", "x": x, "bar": True} for n, x in places.items()]
+    dealt = lambda c: (f"{c['features']:,}", share({k: c[k] for k in ("mean", "low", "high")}), num(c["p"], ".3f")) if c else ("–",) * 3      # noqa: E731
+    numbers = [table(["features", "nats a token", "share of the gain", "how many", "labels dealt anew: share", "p"], [[n, *nats(x["total"]), *dealt(chance.get(n))] for n, x in groups.items()]),
+               table(["tokens at which the push was made", "nats a token", "share of the gain"], [[n, *nats(x)] for n, x in places.items()], "No control: these entries add up to the gain, too.")]
+    panels = [("Gain by label of the feature", lambda axis: forest(axis, rows, "nats a token", 1), (4.3, .8 + .4 * len(rows))),
+              ("Gain by where the push was made", lambda axis: forest(axis, where_made, "nats a token", 1), (4.3, .8 + .4 * len(places)))]
     names = list(s["tokens"])
-    cells = {n: [x.get(c) or {} for c in names] for n, x in groups.items()}
-    top = max([abs(x.get("value", 0)) for row in cells.values() for x in row if math.isfinite(x.get("value", 0))] or [1]) or 1
-    heat = lambda x: tag("td", f"{num(x.get('value'), '+.4f')} ", tag("span", f"± {num(x.get('se'), '.4f')}", class_="ci"), class_="heat",      # noqa: E731
-                         style=f"--c:var(--{'for' if x.get('value', 0) > 0 else 'against'});--a:{min(1, abs(x.get('value', 0)) / top) * .55 if math.isfinite(x.get('value', 0)) else 0:.2f}")
-    out.append(table(["gain on … tokens", *(f"from {n} features" for n in groups)], [[c, *(heat(row[k]) for row in cells.values())] for k, c in enumerate(names)],
-                     "Which features brought the gain on which tokens: nats a token ± s.e. over prompts, green for, red against the preference. It has no control of its own; the figure above has, for the sums of the columns."))
-    out.append(table(["tokens at which the push was made", "nats a token", "share of the gain"], [[n, interval(x, "+.4f"), share(x.get("share"))] for n, x in s.get("regions", {}).items()],
-                     "Where the steering sits that brought the gain: a push on the prompt acts on both answers, through attention. No control: the three add up to the gain."))
-    held = ", ".join(f"{k} hold {num(x, '.0f', 100, '%')}" for k, x in s["concentration"].items())
-    out.append(tag("p", f"Of the sum of all entries’ sizes, the largest {held}. The entries add up to the gain but for {num(s['completeness'], '.2f', 100, '%')} of it: that checks the arithmetic (enough points of integration), it does not validate the method."))
-    if s.get("features"):
-        out.append(fold(f"The largest {len(s['features'])} features: ledger, first in, last out", table(["feature", "label", "ledger, nats ± s.e.", "first in", "last out"], [[x["feature"], x["group"], f"{num(x['nats'], '+.4f')} ± {num(x['se'], '.4f')}",
-                        num(x["first_in"], "+.4f"), num(x["last_out"], "+.4f")] for x in s["features"]], "First in: the gain when only this feature acts. Last out: the gain lost when only it is masked. They are each other’s control: where they differ, features interact, and the ledger’s entry lies between by convention.")))
-    return join(out)
+    sizes = [abs(v) for x in groups.values() for n in names if math.isfinite(v := x.get(n, {}).get("value", 0))]
+
+    def heat(x):
+        v = x.get("value", math.nan)
+        return tag("td", num(v, "+.4f"), " ", tag("span", f"± {num(x.get('se'), '.4f')}", class_="ci"), class_="heat",
+                   style=f"--c:var(--{'for' if v > 0 else 'against'});--a:{.55 * abs(v) / (max(sizes) or 1):.2f}" if math.isfinite(v) else None)
+    held = ", ".join(f"the first {k}: {pc(x)}" for k, x in s["concentration"].items())
+    alone = [[x["feature"], x["group"], f"{num(x['nats'], '+.4f')} ± {num(x['se'], '.4f')}", num(x["first_in"], "+.4f"), num(x["last_out"], "+.4f")] for x in s.get("features", [])]
+    return join([
+        "" if a.get("labels") else unlabelled(),
+        figure("groups", f"The gain of {s['feature_pairs']} pairs, split over features by integrated gradients and added up by label, with its interval; grey, the control: what the same number of features "
+               "brings when the labels are dealt anew among the judged, steered features (95% of 999 deals, with the mean). In the second panel the same gain by where the push was made; a push on "
+               "the prompt acts on both answers, through attention.", panels, join(numbers), key("style", "alignment", "dealt", base="neither, or not judged")),
+        table(["gain on … tokens", *(f"from {n} features" for n in groups)], [[n, *(heat(x.get(n, {})) for x in groups.values())] for n in names],
+              "Which features brought the gain on which tokens: nats a token ± s.e. over prompts, green for, red against the preference. It has no control of its own; the figure above has, for the sums of the columns."),
+        tag("p", f"Of the summed sizes of all entries, the largest entries hold: {held}. The entries add up to the gain but for {pc(s['completeness'], '.2f')} of it: that checks the arithmetic (enough points "
+                 "of integration), it does not validate the method."),
+        fold(f"The largest {len(alone)} features: ledger, first in, last out", table(["feature", "label", "ledger, nats ± s.e.", "first in", "last out"], alone,
+             "First in: the gain when only this feature acts. Last out: the gain lost when only it is masked. They are each other’s control: where they differ, features interact, and the ledger’s "
+             "entry lies between by convention."))])
 
 
-def shaded(tokens, top_f, top_v):
-    """A context: activation as the background, steering as the line below."""
+def shaded(tokens, background, line, breaks=False):
+    """Tokens by strength, in shares of the largest. background, line: token -> number; one hue for a background, two for a line or a sign."""
     out = []
     for t in tokens:
-        f, v = (t[k] if math.isfinite(t[k]) else 0.0 for k in ("f", "v"))
-        f, v = f / top_f, v / top_v
-        text = visible(t["token"])
-        out.append(esc(text) if max(f, abs(v)) < .02 else tag("i", text, class_="u" if v >= 0 else "d", style=f"--f:{f:.2f};--v:{abs(v):.2f}", title=f"activation {num(t['f'], '.2f')}, steering {num(t['v'], '+.2f')}"))
+        f, v = background(t), line(t)
+        kind = ("p" if v > 0 else "n") if breaks else "u" if v > 0 else "d" if v < 0 else "f"
+        text = esc(visible(t["token"], breaks))
+        exact = "; ".join(f"{word} {num(t[k], '+.3g')}" for k, word in (("f", "activation"), ("v", "steering"), ("nats", "nats")) if k in t)
+        out.append(tag("i", text, class_=kind, style=f"--f:{f:.2f};--v:{abs(v):.2f}" if not breaks else f"--v:{abs(v):.2f}", title=exact) if max(f, abs(v)) >= .02 else text)
     return tag("div", *out, class_="tokens")
 
 
+def relative(tokens, k):
+    """token -> its number k as a share of the largest of all these."""
+    top = max([abs(t[k]) for t in tokens if math.isfinite(t[k])] or [0]) or 1
+    return lambda t: t[k] / top if math.isfinite(t[k]) else 0.0
+
+
+def card(x, is_open):
+    """The dashboard of one feature."""
+    every = [t for part in ("steered_at", "fires_at") for text in x[part] for t in text]
+    scales = relative(every, "f"), relative(every, "v")
+    logit = lambda some: tag("div", *(tag("code", visible("␣" + t[1:] if t[:1] in (" ", "▁") else t), tag("small", f" {num(v, '+.2f')}")) for t, v in some), class_="logit")      # noqa: E731
+    facts = {"first in / last out": f"{num(x['first_in'], '+.4f')} / {num(x['last_out'], '+.4f')}", "steered": f"at {pc(x['steered'], '.1f')} of tokens, {pc(x['up'])} of them up",
+             "fires": f"at {pc(x['fires'], '.1f')} of tokens", "usage": f"{pc(x['usage'], '.1f')} of all steering"}
+    head = tag("summary", tag("span", num(x["nats"], "+.4f"), tag("small", f" ± {num(x['se'], '.4f')} nats"), class_="nats"), tag("strong", x["feature"]), " ", chips(x["labels"]),
+               tag("div", x["description"] or "No description.", tag("small", f" (by {x['by']})") if x.get("by") else "", class_="what"))
+    texts = [join([tag("h4", title), *(shaded(t, *scales) for t in x[part])]) for part, title in (("steered_at", "Steered most"), ("fires_at", "Fires most")) if x[part]]
+    return tag("details", head, tag("dl", *(join([tag("dt", k), tag("dd", v)]) for k, v in facts.items())), tag("h4", "Pushed up, it makes likelier"), logit(x["raises"]),
+               tag("h4", "and less likely"), logit(x["lowers"]), *texts, class_="card", open="open" if is_open else None)
+
+
 def features(a, s):
-    out = [tag("p", f"The {len(s)} features with the largest entries in the ledger. The texts are those where a feature is steered most and where it fires most; that both look alike is the check that the label, which is about firing, says anything about the steering."),
-           key(("up", "pushed up", "box"), ("down", "pushed down", "box"), ("other", "fires (background), both by strength within a card", "box")), ]
-    logit = lambda some: tag("div", *(tag("code", visible(t), tag("small", f" {num(x, '+.2f')}")) for t, x in some), class_="logit")      # noqa: E731
-    cards = []
-    for n, x in enumerate(s):
-        every = [t for part in (x["steered_at"], x["fires_at"]) for text in part for t in text]
-        top = [max([abs(t[k]) for t in every if math.isfinite(t[k])] or [1]) or 1 for k in ("f", "v")]
-        head = join([tag("strong", x["feature"]), " ", chips(x["labels"]), tag("span", f"{num(x['nats'], '+.4f')} nats", class_="nats")])
-        facts = {"ledger": f"{num(x['nats'], '+.4f')} ± {num(x['se'], '.4f')} nats a token", "first in / last out": f"{num(x['first_in'], '+.4f')} / {num(x['last_out'], '+.4f')}",
-                 "steered": f"at {num(x['steered'], '.1f', 100, '%')} of tokens, {num(x['up'], '.0f', 100, '%')} of them up", "fires": f"at {num(x['fires'], '.1f', 100, '%')} of tokens", "usage": f"{num(x['usage'], '.1f', 100, '%')} of all steering"}
-        body = [tag("p", x["description"] or "No description.", tag("small", f" (by {x['by']})") if x.get("by") else ""), tag("dl", *(join([tag("dt", k), tag("dd", v)]) for k, v in facts.items())),
-                tag("h4", "Pushed up, it makes likelier"), logit(x["raises"]), tag("h4", "and less likely"), logit(x["lowers"]),
-                *(join([tag("h4", title), *(shaded(t, *top) for t in x[part])]) for part, title in (("steered_at", "Steered most"), ("fires_at", "Fires most")) if x[part])]
-        cards.append(tag("details", tag("summary", head), *body, class_="card", open="open" if n < 6 else None))
-    out.append(tag("div", *cards, class_="cards"))
-    out.append(tag("p", "Numbers are means over held-out pairs. The effect on tokens is the direct one, through the final norm and the head, around the blocks in between; no control.", class_="note"))
-    return join(out)
+    return join([
+        tag("p", f"The {len(s)} features with the largest entries in the ledger. The texts are those where a feature is steered most and where it fires most; only where both look alike does the label, "
+                 "which is about firing, say what the steering is about: the one is the control of the other."),
+        tag("p", "On each token: ", tag("i", "fires", style="--f:.9", class_="f"), " (background), ", tag("i", "pushed up", style="--v:1", class_="u"), " or ",
+            tag("i", "pushed down", style="--v:1", class_="d"), " (line below), the stronger the deeper, within a card. Beside the number of a feature: its label, and its entry in the ledger ± s.e., in nats a token. "
+            "The effect on tokens is the direct one, through the final norm and the head, around the blocks in between; it has no control.", class_="note"),
+        tag("div", *(card(x, n < 6) for n, x in enumerate(s)), class_="cards")])
 
 
 def examples(a, s):
-    out = [tag("p", "Ten pairs, from the largest gain to the smallest, evenly spaced. A token’s colour is its share of the pair’s gain: ", tag("span", tag("i", "green", class_="p", style="--v:.8"), " for, ", tag("i", "red, dotted", class_="n", style="--v:.8"), " against the preference", class_="tokens"),
-                    "; a chosen answer gains when its tokens become likelier, a rejected one when they become less likely. The control is the base model’s log-probability of the same token.")]
+    out = [tag("p", "Pairs from the largest gain to the smallest, evenly spaced. A token’s colour is its share of the pair’s gain: ", tag("i", "green", class_="p", style="--v:.8"), " for, ",
+               tag("i", "red and dotted", class_="n", style="--v:.8"), " against the preference, by strength within a pair; a chosen answer gains when its tokens become likelier, a rejected one when they "
+               "become less likely. The control is the base model’s log-probability of the same token.")]
     for e in s:
-        top = max([abs(t["nats"]) for side in ("chosen", "rejected") for t in e[side] if math.isfinite(t["nats"])] or [1]) or 1
-
-        def line(t):
-            x = t["nats"] / top if math.isfinite(t["nats"]) else 0.0      # noqa: B023
-            return esc(visible(t["token"], True)) if abs(x) < .02 else tag("i", visible(t["token"], True), class_="p" if x > 0 else "n", style=f"--v:{abs(x):.2f}", title=f"{num(t['nats'], '+.4f')} nats")
+        scale = relative(e["chosen"] + e["rejected"], "nats")
+        sides = [tag("div", tag("h4", side), shaded(e[side], lambda t: 0, scale, breaks=True)) for side in ("chosen", "rejected")]
+        first = join(["First features: ", *(join([tag("b", x["feature"]), f" {num(x['nats'], '+.3f')} ", chips(x["labels"]), " "]) for x in e["features"])])
         rows = [[x["feature"], chips(x["labels"]), num(x["nats"], "+.4f"), tag("td", x["description"], class_="text")] for x in e["features"]]
-        out.append(tag("div", tag("p", visible(e["prompt"], True).strip(), class_="prompt"), tag("small", f"margin {num(e['base'], '+.3f')} → {num(e['steered'], '+.3f')}, gain {num(e['steered'] - e['base'], '+.3f')} nats a token"),
-                       tag("div", *(tag("div", tag("h4", side), tag("div", *map(line, e[side]), class_="tokens")) for side in ("chosen", "rejected")), class_="two"),
-                       fold("The first features", table(["feature", "label", "nats", "what it is about"], rows)) if rows else "", class_="pair"))
+        margin = f"margin {num(e['base'], '+.3f')} → {num(e['steered'], '+.3f')}, gain {num(e['steered'] - e['base'], '+.3f')} nats a token"
+        out.append(tag("div", tag("p", visible(e["prompt"], True).strip(), class_="prompt"), tag("small", margin), tag("div", *sides, class_="two"),
+                       fold(first, table(["feature", "label", "nats", "what it is about"], rows)) if rows else "", class_="pair"))
     return join(out)
 
 
@@ -520,66 +584,76 @@ def geometry(a, s):
     grown = [sum(s["spectrum"][:k + 1]) / total for k in range(len(s["spectrum"]))]
 
     def spectrum(axis):
-        axis.semilogx(range(1, len(grown) + 1), [100 * x for x in grown], color=COLORS["ink"], lw=1.8)
+        logarithmic(axis)
+        axis.plot(range(1, len(grown) + 1), [100 * x for x in grown], color=COLORS["ink"], lw=1.8)
         axis.axhline(90, color=COLORS["base"], lw=.8, ls=":")
         axis.set(xlabel="directions, r", ylabel="share of Σ‖Δh‖², %", ylim=(0, 103))
-        axis.grid(lw=.6)
+        axis.grid()
 
     def gain(axis):
+        logarithmic(axis)
         for name, c in (("random", "base"), ("top", "ink")):
-            axis.semilogx([d["r"] for d in s["directions"]], [100 * d[name]["gain"] for d in s["directions"]], "o-" if name == "top" else "o--", color=COLORS[c], ms=4, lw=1.5)
+            axis.plot([d["r"] for d in s["directions"]], [100 * d[name]["gain"] for d in s["directions"]], "o-" if name == "top" else "o--", color=COLORS[c], ms=4, lw=1.5)
         axis.axhline(100, color=COLORS["base"], lw=.8, ls=":")
         axis.set(xlabel="directions that may act, r", ylabel="share of the gain, %")
-        axis.grid(lw=.6)
-    says = ("Left: how much of the steering lies in its first r directions (dotted: 90%). Right: how much of the gain is left when only these act; dashed, the control: r random directions of the same space.")
-    numbers = table(["r", "share of Σ‖Δh‖²", "gain, top r", "gain, random r", "loss, top r", "loss, random r"], [[d["r"], num(grown[d["r"] - 1], ".1f", 100, "%") if d["r"] <= len(grown) else "–", num(d["top"]["gain"], ".1f", 100, "%"), num(d["random"]["gain"], ".1f", 100, "%"),
-                    num(d["top"]["loss"]), num(d["random"]["loss"])] for d in s["directions"]])
-    facts = [["effective directions (participation)", f"{num(s['participation'], '.1f')} of {s['d_in']}", f"{num(s['centred']['participation'], '.1f')} about the mean"], ["directions for 90% and 95%", f"{s['d90']} and {s['d95']}", f"{s['centred']['d90']} and {s['centred']['d95']} about the mean"],
-             ["share that one constant vector explains", num(s["constant"], ".0f", 100, "%"), "100%: the same push everywhere"], ["size of the steering", num(s["size"], ".2f"), f"{num(s['state_size'], '.2f')}: size of the state itself"],
-             ["cosine of the mean push with chosen − rejected states", num(s["cosine"], "+.2f"), f"±{num(s['chance'], '.2f')}: chance"], ["gain with the mean push alone", num(s["mean_only"]["gain"], ".0f", 100, "%"), "100%: the whole policy"],
-             ["gain without the mean push", num(s["without_mean"]["gain"], ".0f", 100, "%"), "100%: the whole policy"]]
-    return join([figure("geometry", says, [("Steering in its first directions", spectrum, (4.3, 2.6)), ("Gain with these directions alone", gain, (4.3, 2.6))], numbers, key(("ink", "its own top directions", "box"), ("base", "random directions", "box"))),
+        axis.grid()
+    numbers = table(["r", "share of Σ‖Δh‖²", "gain, top r", "gain, random r", "loss, top r", "loss, random r"], [
+        [d["r"], pc(grown[d["r"] - 1] if d["r"] <= len(grown) else None, ".1f"), pc(d["top"]["gain"], ".1f"), pc(d["random"]["gain"], ".1f"), num(d["top"]["loss"]), num(d["random"]["loss"])]
+        for d in s["directions"]])
+    facts = [["effective directions (participation)", f"{num(s['participation'], '.1f')} of {s['d_in']}", f"{num(s['centred']['participation'], '.1f')} about the mean"],
+             ["directions for 90% and 95%", f"{s['d90']} and {s['d95']}", f"{s['centred']['d90']} and {s['centred']['d95']} about the mean"],
+             ["share that one constant vector explains", pc(s["constant"]), "100%: the same push everywhere"],
+             ["size of the steering", num(s["size"], ".2f"), f"{num(s['state_size'], '.2f')}: size of the state itself"],
+             ["cosine of the mean push with chosen − rejected states", num(s["cosine"], "+.2f"), f"±{num(s['chance'], '.2f')}: chance"],
+             ["gain with the mean push alone", pc(s["mean_only"]["gain"]), "100%: the whole policy"], ["gain without the mean push", pc(s["without_mean"]["gain"]), "100%: the whole policy"]]
+    return join([figure("geometry", "First panel: how much of the steering lies in its first r directions (dotted: 90%). Second: how much of the gain is left when only these act; dashed, the control: "
+                        "r random directions of the same space.", [("Steering in its first directions", spectrum), ("Gain with these directions alone", gain)], numbers, key("top", "directions")),
                  table(["", "measured", "beside"], facts, f"The shape of the steering over {s['tokens']:,} tokens of answers; the last column holds what each number is to be compared with.")])
 
 
 def calibrated(x):
     if not x:
-        return tag("p", "No calibration is part of this report: ", tag("code", "python analyze.py --calibrate RUNS"), " makes one on runs of the lab.", class_="missing")
-    parts = [tag("p", text) for text in x.get("sentences", [])]
-    return join(parts + [join([tag("h3", t.get("title", "")), table(t["head"], t["rows"], t.get("note", ""))]) for t in x.get("tables", [])])
+        return absent("No calibration is part of this report:", "--calibrate RUNS", "makes one on runs of the lab.")
+    cell = lambda c: "–" if c is None else num(c, ".3g") if isinstance(c, float) else c      # noqa: E731
+    return join([*(tag("p", text) for text in x.get("sentences", [])), *(
+        join([tag("h3", t.get("title", "")), table(t["head"], [[cell(c) for c in row] for row in t["rows"]], t.get("note", ""))]) for t in x.get("tables", []))])
 
 
 def made(a):
     c = a.get("config", {})
-    facts = {"run": where(a), "trained with": a["objective"], "on": f"{a['pairs']}, seed {c.get('seed', '–')}", "model": a.get("model"), "SAE": a.get("sae"), "layer": a.get("layer"), "read on": f"split {a.get('split')}: {a.get('held_out')} held-out pairs, {a.get('prompts')} prompts"
-             + (f", {a.get('facts')} facts" if a.get("lab") else ""), "adapter, pairs, labels": " · ".join(str(a.get(k) or "none") for k in ("adapter", "pairs_sha256", "labels_sha256")) + " (digests)",
-             "date, machine": f"{a.get('date', '–')}, {a.get('machine', '–')}, {num(a.get('seconds'), '.0f')} seconds"}
-    return join([tag("dl", *(join([tag("dt", k), tag("dd", v)]) for k, v in facts.items()), tag("dt", "command"), tag("dd", tag("code", f"python analyze.py {where(a)}"))),
+    digests = " · ".join(str(a.get(k) or "none") for k in ("adapter", "pairs_sha256", "labels_sha256"))
+    facts = {"run": where(a), "trained with": a["objective"], "on": f"{a['pairs']}, seed {c.get('seed', '–')}", "model": a.get("model"), "SAE": a.get("sae"), "layer": a.get("layer"),
+             "read on": f"split {a.get('split')}: {a.get('held_out')} held-out pairs, {a.get('prompts')} prompts" + (f", {a.get('facts')} facts" if a.get("lab") else ""),
+             "digests": f"{digests} (adapter, pairs, labels)", "made": f"{a.get('date', '–')}, {a.get('machine', '–')}, {num(a.get('seconds'), '.0f')} seconds",
+             "command": tag("code", f"python analyze.py {where(a)}")}
+    return join([tag("dl", *(join([tag("dt", k), tag("dd", v)]) for k, v in facts.items())),
                  fold("All settings of the training run", table(["setting", "value"], [[k, tag("td", v, class_="text")] for k, v in c.items()])),
                  tag("p", "Bootstrap: 2000 draws of whole prompts or facts with replacement, percentiles 2.5 and 97.5, seed 0. No token is ever drawn on its own: tokens of an answer depend on each other.", class_="note")])
 
 
 # ---- the file -------------------------------------------------------------------------------------------------------------------------
 
-CONTENTS = {"behaviour": "1 Behaviour", "usage": "2 Usage", "labels": "3 Labels", "rates": "4 Label rates", "causes": "5 Causes", "ledger": "6 Ledger", "pairs": "Ten pairs", "calibration": "7 Calibration", "geometry": "8 Geometry", "features": "9 Features", "made": "How this was made"}
+CONTENTS = {"behaviour": "1 Behaviour", "usage": "2 Usage", "labels": "3 Labels", "rates": "4 Label rates", "causes": "5 Causes", "ledger": "6 Ledger", "pairs": "Ten pairs",
+            "calibration": "7 Calibration", "geometry": "8 Geometry", "features": "9 Features", "made": "How this was made"}
 
 
 def write(analysis, path, calibration=None):
     """Fills report.html. analysis: what analysis.json holds; calibration: {"sentences": [...], "tables": [{"title", "head", "rows", "note"}]}. -> path"""
     a = {**analysis, "sections": numbers(analysis["sections"])}
-    s, says = a["sections"], a.get("verdict") or verdict(a)
+    s, says, alarms = a["sections"], a.get("verdict") or verdict(a), ""
     shown = {name: show(a, s[name]) if name in s else missing(a, name) for name, show in (("behaviour", behaviour), ("usage", usage), ("causes", causes), ("geometry", geometry))}
     shown["rates"] = rates(a, s["rates"]) if "rates" in s else missing(a, "rates", "Label rates") if a.get("labels") else unlabelled()
-    for name, part, show in (("ledger_tokens", "ledger", ledger_tokens), ("ledger_features", "ledger", ledger_features), ("examples", "examples", examples), ("features", "features", features)):
-        shown[name] = show(a, s[part]) if s.get(part) else missing(a, "ledger", {"ledger": "The ledger", "examples": "The list of pairs", "features": "What single features do"}[part])
+    for name, part, show, word in (("ledger_tokens", "ledger", ledger_tokens, "The ledger"), ("ledger_features", "ledger", ledger_features, "The ledger"),
+                                   ("examples", "examples", examples, "The list of pairs"), ("features", "features", features, "What single features do")):
+        shown[name] = show(a, s[part]) if s.get(part) else missing(a, "ledger", word)
     if says.get("alarms"):
-        shown["alarms"] = tag("div", tag("b", "The text is not sound:"), tag("ul", *(tag("li", x) for x in says["alarms"])), class_="alarm", role="alert")
-    else:
-        shown["alarms"] = tag("p", "No alarm: by every measure of section 1 the text is as sound as before.", class_="sound") if "behaviour" in s else ""
-    over = f"Trained with {a['objective']}. Read on {a.get('held_out', '–'):,} held-out pairs of {a['pairs']}; {a.get('model')}, steered at layer {a.get('layer')}."
-    interval = "[low, high]: 95% bootstrap intervals, drawing whole prompts" + (", and below them, as “facts”, drawing all prompts about one fact together, which is the safer of the two" if a.get("lab") else "") + ". Tokens are never drawn."
+        alarms = tag("div", tag("b", "The text is not sound:"), tag("ul", *(tag("li", x) for x in says["alarms"])), class_="alarm", role="alert")
+    elif "behaviour" in s:
+        alarms = tag("p", "No alarm: by every measure of section 1 the text is about as sound as before.", class_="sound")
+    over = f"Trained with {a['objective']}. Read on {num(a.get('held_out'), ',')} held-out pairs of {a['pairs']}; {a.get('model')}, steered at layer {a.get('layer')}."
+    wide = ", and below them, as “facts”, drawing all prompts about one fact together, which is the safer of the two" if a.get("lab") else ""
     page = string.Template((HERE / "report.html").read_text(encoding="utf-8")).substitute(
-        shown, name=esc(a["run"]), over=esc(over), interval=esc(interval), verdict=join(tag("p", x) for x in says["sentences"]), labels=labels(a, a.get("labels")), calibration=calibrated(calibration), made=made(a),
-        contents=join((tag("a", text, href=f"#{name}") for name, text in CONTENTS.items()), " "))
+        shown, name=esc(a["run"]), over=esc(over), verdict=join(tag("p", x) for x in says["sentences"]), alarms=alarms, labels=labels(a, a.get("labels")), calibration=calibrated(calibration),
+        made=made(a), interval=f"[low, high]: 95% bootstrap intervals, drawing whole prompts{wide}. Tokens are never drawn.", contents=join((tag("a", text, href=f"#{x}") for x, text in CONTENTS.items()), " "))
     atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     return path

@@ -389,14 +389,13 @@ def train(config):
 
 def read_splits(config):
     """Training and held-out records; of a single file the last tenth is held out."""
+    held = simpo.read_held_out(config.pairs, config.eval_split, config.held_pairs)
     if not Path(config.pairs).is_file():
-        return (simpo.read_pairs(config.pairs, split, n) for split, n in (("train", config.train_pairs), (config.eval_split, config.held_pairs)))
+        return simpo.read_pairs(config.pairs, "train", config.train_pairs), held
     records = simpo.read_pairs(config.pairs)
-    held = max(1, len(records) // 10)
-    if len(records) < 2:
-        raise UserError(f"{config.pairs}: one pair is too few; one has to be held out")
-    print(f"{config.pairs} is one file: its last {held} of {len(records)} pairs are held out")
-    return records[:-held][:config.train_pairs], records[-held:][:config.held_pairs]
+    tenth = max(1, len(records) // 10)
+    print(f"{config.pairs} is one file: its last {tenth} of {len(records)} pairs are held out")
+    return records[:-tenth][:config.train_pairs], held
 
 
 def measure(model, tokenizer, pairs, steering, config, meta, world, when):

@@ -1,10 +1,12 @@
-"""Draws the README's figures and writes its first table.
+"""Draws the README's figures and writes its first table and the summary of an analysis.
 
-    python train.py && python docs/figures.py runs/style-1     # style.json and style.png of that run, the table in README.md, and the others:
-    python docs/figures.py                                     # style.png from style.json; choices, frontier and l1.png from results.json
+    python train.py && python analyze.py runs/style-1 && python docs/figures.py runs/style-1     # style.json and style.png of that run, its table and its analysis in README.md, docs/report.html
+    python docs/figures.py                                     # and from what is there: style.png from style.json; choices, frontier and l1.png from results.json
 """
 import json
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 DATA, FIGURE, README = HERE / "style.json", HERE / "style.png", HERE.parent / "README.md"
 GREEN, RED = "#2f6f4f", "#b4552d"                        # alignment, style
 CHOICES = "heading opener bullets restate bold filler closer truth admit decline".split()
-MARKS = "<!-- closing -->\n", "<!-- /closing -->"
+MARKS = {name: (f"<!-- {name} -->\n", f"<!-- /{name} -->") for name in ("closing", "analysis")}
 
 
 def gather(run):
@@ -23,7 +25,10 @@ def gather(run):
     rows = [json.loads(line) for line in text.splitlines()]
     base, trained = (next(r for r in rows if r.get("evaluation") == which) for which in ("base", "trained"))
     meta = json.loads((HERE.parent / config["pairs"] / "meta.json").read_text(encoding="utf-8"))
-    return {"config": config, "meta": meta, "base": base, "trained": trained, "steps": [r for r in rows if "penalty" in r]}
+    a = json.loads((run / "analysis.json").read_text(encoding="utf-8"))
+    import report
+    said = {"text": report.summary(a).strip() + "\n\n" + "\n".join(textwrap.fill(x, 150) for x in a["verdict"]["sentences"]), "seconds": a["seconds"], "made": f"{a['date']}, {a['machine']}"}
+    return {"config": config, "meta": meta, "base": base, "trained": trained, "steps": [r for r in rows if "penalty" in r], "analysis": said}
 
 
 def table(data):
@@ -34,8 +39,14 @@ def table(data):
             f"({data['trained']['seconds']:.0f} seconds, seed {c['seed']}, {c['date']}, {c['machine']}, torch {c['versions']['torch']}.)\n")
 
 
-def in_readme(text):
-    return text.split(MARKS[0])[1].split(MARKS[1])[0]
+def analysis(data):
+    """The README's block: what analyze.py printed."""
+    a = data["analysis"]
+    return "```\n" + a["text"] + f"\n```\n\n({a['seconds']:.0f} seconds, {a['made']}.)\n"
+
+
+def in_readme(text, name="closing"):
+    return text.split(MARKS[name][0])[1].split(MARKS[name][1])[0]
 
 
 def pyplot():
@@ -168,7 +179,11 @@ def main(argv=None):
         if '"seconds"' not in text or '"parse_sampled"' not in text:
             print(f"figures.py: {run} is not a finished run on the lab; run `python train.py` first and name the folder that it prints", file=sys.stderr)
             return 2
+        if not (run / "analysis.json").exists():
+            print(f"figures.py: {run} has no analysis.json; `python analyze.py {run}` makes it", file=sys.stderr)
+            return 2
         DATA.write_text(json.dumps(gather(run), indent=1) + "\n", encoding="utf-8")
+        shutil.copyfile(run / "report.html", HERE / "report.html")
     data = json.loads(DATA.read_text(encoding="utf-8"))
     draw(data, FIGURE)
     import results as measured
@@ -176,8 +191,10 @@ def main(argv=None):
     for name, make in (("choices", points), ("frontier", frontier), ("l1", activations)):
         make(results, HERE / f"{name}.png")
     text = README.read_text(encoding="utf-8")
-    README.write_text(text.replace(MARKS[0] + in_readme(text), MARKS[0] + table(data)), encoding="utf-8")
-    print(f"{FIGURE} and the table in {README.name}, from {argv[0] if argv else DATA}")
+    for name, block in (("closing", table(data)), ("analysis", analysis(data))):
+        text = text.replace(MARKS[name][0] + in_readme(text, name), MARKS[name][0] + block)
+    README.write_text(text, encoding="utf-8")
+    print(f"{FIGURE} and the tables in {README.name}, from {argv[0] if argv else DATA}")
     return 0
 
 

@@ -294,7 +294,16 @@ class Results:
         return "(" + "; ".join(sorted({run["made"] for run in self.runs.values()})) + ".)"
 
     def blocks(self):
-        return {name: getattr(self, name)() + "\n" for name in BLOCKS}
+        return {name: getattr(self, name)() + "\n" for name in BLOCKS} | calibrated()
+
+
+def calibrated():
+    """The tables of tiny/calibration.json, which `python analyze.py --calibrate` makes: what to take from them, and all of them."""
+    data = json.loads((HERE.parent / "tiny/calibration.json").read_text(encoding="utf-8"))
+    table = lambda t: markdown(t["head"], t["rows"]) + "\n\n" + t["note"]      # noqa: E731
+    said = "\n".join(f"* {sentence}" for sentence in data["sentences"])
+    return {"calibration": "\n\n".join([table(t) for t in data["tables"] if t.get("first")] + [said, f"({data['made']}.)"]) + "\n",
+            "calibrations": "\n\n".join(f"### {t['title']}\n\n{table(t)}" for t in data["tables"]) + f"\n\n({data['made']}. Command: `{data['command']}`.)\n"}
 
 
 BLOCKS = ("main", "choices", "aims", "cross", "probe", "frontier", "controls", "activations", "broken", "made")

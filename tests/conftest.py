@@ -15,3 +15,17 @@ def _quiet():
 @pytest.fixture(autouse=True, scope="session")
 def _threads():
     torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    """Two short trainings on the lab that differ in their seed, the first of them opened."""
+    from types import SimpleNamespace
+
+    import fsrl
+    import train
+    root = tmp_path_factory.mktemp("runs")
+    for seed, name in enumerate(("one", "two")):
+        assert train.main(["--steps", "40", "--lr", "0.01", "--eval-pairs", "4", "--train-pairs", "200", "--runs", str(root), "--run", name, "--seed", str(seed)]) == 0
+    run = fsrl.load_run(root / "one")
+    return SimpleNamespace(folder=root / "one", root=root, run=run, tokenizer=run.tokenizer)

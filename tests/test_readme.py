@@ -54,7 +54,7 @@ COMMANDS = sorted({line.strip() for line in re.findall(r"^\s*(?:\$ )?(python [^#
 
 
 def test_every_command_is_known():
-    known = r"python (train\.py|fsrl\.py runs/style-\d|docs/results\.py|docs/figures\.py|tests/bench\.py|-m pytest|-m venv)( |$)"
+    known = r"python (train\.py|fsrl\.py runs/style-\d|analyze\.py|docs/results\.py|docs/figures\.py|tests/bench\.py|-m pytest|-m venv)( |$)"
     assert len(COMMANDS) > 12 and not [c for c in COMMANDS if not re.match(known, c)]
 
 
@@ -127,7 +127,7 @@ def test_the_table_is_what_was_measured():
     """The block between the marks is made from docs/style.json, which a run left behind with the defaults that are in force."""
     import figures
     data = json.loads(figures.DATA.read_text(encoding="utf-8"))
-    assert figures.in_readme(README) == figures.table(data)
+    assert figures.in_readme(README) == figures.table(data) and figures.in_readme(README, "analysis") == figures.analysis(data)
     defaults = train.asdict(train.TrainConfig())
     assert {k: v for k, v in data["config"].items() if k in defaults and k not in ("device", "dtype")} == {k: v for k, v in defaults.items() if k not in ("device", "dtype")}
 
@@ -139,9 +139,9 @@ def test_the_tables_of_results_are_what_was_measured():
     for page in results.PAGES:
         text = page.read_text(encoding="utf-8")
         assert results.filled(text, made) == text, page
-        assert set(re.findall(r"<!-- (\w+) -->", text)) - {"closing"} <= set(made)
+        assert set(re.findall(r"<!-- (\w+) -->", text)) - {"closing", "analysis"} <= set(made)
     used = set(re.findall(r"<!-- (\w+) -->", README + (ROOT / "docs/results.md").read_text(encoding="utf-8")))
-    assert used == {*made, "closing"}
+    assert used == {*made, "closing", "analysis"}
     for name, (experiments, seeds) in results.GROUPS.items():
         for experiment in experiments:
             for seed in range(seeds):

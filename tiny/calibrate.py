@@ -8,7 +8,7 @@ For every policy: what it does (its answers, and its log-odds on probe.jsonl, mi
         features   the ledger by feature: nats of the gain on features labelled with the choice (what they write)
         masking    share of the gain lost without these features
         rates      the paper's table: change of their share among active features, SAE to policy
-        writes     mean steering times what a feature writes, summed over all features: no labels, no thresholds, signed
+        writes     steering where the choice is decided times what a feature writes, summed over all features: no labels, signed
 
 What is measured of a policy is kept in tiny/calibration.json under the digest of its adapter and made only once, so this can be
 stopped at any time. Thresholds (`THRESHOLD`) were fixed on the worlds style, honest and null; a world with other weights is reported apart.
@@ -30,7 +30,8 @@ import analyze  # noqa: E402
 import fsrl  # noqa: E402
 import labels as feature_labels  # noqa: E402
 import simpo  # noqa: E402
-from gemma import UserError, atomically, read_json  # noqa: E402
+from gemma import UserError, atomically, load_gemma, load_tokenizer, read_json  # noqa: E402
+from sae import load_sae  # noqa: E402
 from tiny import features, measure, world  # noqa: E402
 
 FILE = HERE / "calibration.json"
@@ -38,7 +39,7 @@ INSTRUMENTS = ("tokens", "features", "masking", "rates", "writes")
 GROUPS = {"style": world.STYLE, "alignment": world.ALIGNMENT}
 PAIRS, LEDGER, ANSWERS = 400, 128, 2                      # held-out pairs, those of the feature ledger, sampled answers to each test question
 # From which size on an instrument counts as saying that a policy moves a choice; behaviour: nats of log-odds on the probe.
-THRESHOLD = {"behaviour": .3, "tokens": .05, "features": .05, "masking": .05, "rates": .25, "writes": .1}
+THRESHOLD = {"behaviour": .3, "tokens": .05, "features": .05, "masking": .05, "rates": .25, "writes": .3}
 
 
 # ---- one policy --------------------------------------------------------------------------------------------------------
@@ -126,17 +127,31 @@ def instruments(m):
             total += (count / count[:, :1].clamp_min(1))[there].double().sum(0)
             tokens += int(there.sum())
         share[kind] = (total[1:] / max(1, tokens)).numpy()
-    # What a feature writes was measured for one length of push: nats a unit of length.
-    norm, answers = m.sae.W_dec.double().norm(dim=-1).numpy(), sum(int((r.branch > 0).sum()) for r in m.rows)
-    signed = m.events("v", lambda v: v, branches=(1, 2)) * norm / max(1, answers)
-    written = np.array([[m.labels[i]["writes"][c] if i in m.labels else 0.0 for c in world.CHOICES] for i in range(m.sae.d_sae)])
-    predicted = dict(zip(world.CHOICES, signed @ written / m.push))
+    predicted = written(m)
     for k, name in enumerate(sets):
         out["features"][name] = {**m.mean(entries[:, k]), "share": float(np.nansum(entries[:, k]) / gain[index].sum()) if sure else None}
         out["rates"][name] = float(share["v"][k] / share["f"][k] - 1) if share["f"][k] else None
         out["writes"][name] = float(predicted[name]) if name in predicted else float(sum(abs(predicted[c]) for c in GROUPS[name]))
     out["sizes"] = {name: len(some) for name, some in sets.items()}
     return out | {"gain": whole, "sure": bool(sure)}
+
+
+def written(m):
+    """{choice: nats} that the steering should add to its log-odds where it is decided, if effects simply added up. What a feature
+    writes was measured for one length of push, so this is Σ_i v_i ‖d_i‖ writes_i / push, a mean over the deciding positions."""
+    norm = m.sae.W_dec.norm(dim=-1)
+    marks = torch.tensor([[m.labels[i]["writes"][c] if i in m.labels else 0.0 for c in world.CHOICES] for i in range(m.sae.d_sae)]) * norm[:, None] / m.push
+    total, count = torch.zeros(len(world.CHOICES), dtype=torch.float64), torch.zeros(len(world.CHOICES), dtype=torch.float64)
+    for r in m.rows:
+        nats = torch.zeros(len(r.row), len(world.CHOICES)).index_add_(0, r.v.token, r.v.value[:, None] * marks[r.v.feature])
+        place = (r.where.flatten().cumsum(0) - 1)[r.batch.read]                # of the state that predicts each answer token, among the steered ones
+        split = analyze.split_of(m, r)
+        choice = split.slot % len(analyze.categories(m))
+        mine = (choice < len(world.CHOICES)) & r.where.flatten()[r.batch.read][split.read]
+        here, choice = place[split.read[mine]], choice[mine]
+        total.index_add_(0, choice, nats[here, choice].double())
+        count += torch.bincount(choice, minlength=len(world.CHOICES))
+    return dict(zip(world.CHOICES, (total / count.clamp_min(1)).tolist()))
 
 
 def policy(folder, args):
@@ -169,20 +184,14 @@ def policy(folder, args):
 def kind_of(config, weights, sae):
     """What a run is, for the tables: its world, and what is unusual about it."""
     world_name = next((name for name, w in world.WORLDS.items() if {c: float(w.get(c, 0)) for c in world.CHOICES} == weights), None if any(weights.values()) else "null")
-    own = (json.loads((HERE / "sae" / "identity.json").read_text()) if (HERE / "sae" / "identity.json").exists() else {}).get("identity")
     parts = [world_name or "new world"]
     if not config.get("simpo_weight", 1):
         parts.append("NLL alone")
     if config.get("adapter"):
         parts.append(Path(config["adapter"]).name.rpartition(":")[2].lower())
-    if sae.identity() != (own or _lab_identity()):
+    if sae.identity() != load_sae(HERE / "sae").identity():
         parts.append("random dictionary")
     return ", ".join(parts)
-
-
-def _lab_identity():
-    from sae import load_sae
-    return load_sae("tiny/sae").identity()
 
 
 # ---- all of them ---------------------------------------------------------------------------------------------------------
@@ -243,14 +252,14 @@ def tables(data):
             "rows": [[k, len(a[k]), mean_sd([x["slope"] for x in a[k]], "{:.1f}"), mean_sd([x["spearman"] for x in a[k]]), f"{np.mean([x['decoys_moved'] for x in a[k]]):.1f} of {a[k][0]['decoys']}",
                       f"{np.mean([x['negatives_up'] for x in a[k]]):.1f} of {a[k][0]['negatives']}"] for k in order],
             "note": "Change of the rates of sampled answers, in points, against the planted weights, over the ten choices; mean ± standard deviation over seeds. `null` has no weights: every choice is a decoy there."}]
-    out.append({"title": "Do the instruments rank the choices as behaviour does?", "head": ["policy", "runs", *INSTRUMENTS],
+    out.append({"title": "Do the instruments rank the choices as behaviour does?", "first": True, "head": ["policy", "runs", *INSTRUMENTS],
                 "rows": [[k, len(b[k]), *(mean_sd([x[i]["spearman"] for x in b[k]]) for i in INSTRUMENTS)] for k in order],
                 "note": "Rank correlation over the ten choices between what an instrument says and the change of log-odds on the probe (its size; for `writes` the change itself)."})
     out.append({"title": "Do they find the choices that moved, and no others?", "head": ["policy", "moved", *(f"{i}: found, false" for i in INSTRUMENTS)],
                 "rows": [[k, f"{np.mean([x['tokens']['moved'] for x in b[k]]):.1f}", *(f"{np.mean([x[i]['hits'] for x in b[k]]):.1f}, {np.mean([x[i]['false'] for x in b[k]]):.1f}" if not all(x[i]["silent"] for x in b[k]) else "says nothing" for i in INSTRUMENTS)] for k in order],
                 "note": f"Moved: log-odds on the probe changed by {THRESHOLD['behaviour']} nats or more, and its interval leaves out 0. Found: of these, how many the instrument names; false: named but not moved. "
                         f"Thresholds: " + ", ".join(f"{i} {THRESHOLD[i]}" for i in INSTRUMENTS) + ". An instrument that gives shares says nothing where the gain cannot be told from 0."})
-    out.append({"title": "How much of it is style?", "head": ["policy", "behaviour", *INSTRUMENTS],
+    out.append({"title": "How much of it is style?", "first": True, "head": ["policy", "behaviour", *INSTRUMENTS],
                 "rows": [[k, mean_sd([x["behaviour"]["style_share"] for x in b[k]]), *(mean_sd([x[i]["style_share"] for x in b[k]]) for i in INSTRUMENTS)] for k in order],
                 "note": "|style| / (|style| + |alignment|), of the summed changes of log-odds on the probe and of what each instrument gives to the two groups."})
     cross = [[f"{k} policy on {pairs} pairs", *(mean_sd(of(k, lambda p: value_of(p["instruments"][pairs if pairs != k else "own"]["tokens"][g])), "{:.2f}") for g in GROUPS),      # noqa: B023
@@ -263,6 +272,37 @@ def tables(data):
                                                          mean_sd(of(k, lambda p: p["instruments"]["own"]["writes"][c]), "{:+.2f}")))] for c in world.CHOICES]      # noqa: B023
     out.append({"title": "Choice by choice", "head": ["", *(f"{k}: {what}" for k in order[:3] for what in ("log-odds", "tokens", "writes"))], "rows": choices,
                 "note": "Change of log-odds on the probe in nats; share of the gain on its tokens; steering times what features write, in nats."})
+    return out
+
+
+WHAT = {"tokens": "The ledger by token", "features": "The ledger by feature", "masking": "Masking labelled features", "rates": "The label rates of the paper's table", "writes": "Steering times what features write"}
+
+
+def sentences(data):
+    """What the tables say, in words: each instrument on the two worlds that it was made on, and on new weights."""
+    of = lambda *kinds: [agreement(p) for p in data["policies"].values() if p["kind"] in kinds]      # noqa: E731
+    known, new, null, out = of("style", "honest"), of("new world"), of("null"), []
+
+    def how(some, name):
+        rank = float(np.mean([x[name]["spearman"] for x in some if np.isfinite(x[name]["spearman"])] or [np.nan]))
+        found, moved, false = (sum(x[name][k] for x in some) / max(1, len(some)) for k in ("hits", "moved", "false"))
+        share = np.mean([abs(x[name]["style_share"] - x["behaviour"]["style_share"]) for x in some if x[name]["style_share"] is not None] or [np.nan])
+        score = 2 * found / max(1e-9, 2 * found + false + moved - found)                # F1 of naming what moved
+        return score, f"rank correlation {rank:.2f}, {found:.1f} of {moved:.1f} moved choices found, {false:.1f} named wrongly, style share off by {share:.2f}"
+    for name in INSTRUMENTS:
+        if known:
+            score, said = how(known, name)
+            word = "recovers what the policy does" if score >= .8 else "recovers part of what the policy does" if score >= .5 else "fails to tell what the policy does"
+            out.append(f"{WHAT[name]} (`{name}`) {word}: {said}" + (f"; on new weights: {how(new, name)[1]}" if new else "") + ".")
+    if null:
+        claims = {name: np.mean([x[name]["false"] + x[name]["hits"] for x in null]) for name in INSTRUMENTS}
+        silent = [name for name in INSTRUMENTS if all(x[name]["silent"] or x[name]["hits"] + x[name]["false"] == 0 for x in null)]
+        out.append("Trained on coins, " + (f"{', '.join(f'`{n}`' for n in silent)} name no choice" if silent else "every instrument names some choice")
+                   + "".join(f"; `{n}` names {claims[n]:.1f} of 10" for n in INSTRUMENTS if n not in silent) + ".")
+    planted_fit = [planted(p, data["base"])["spearman"] for p in data["policies"].values() if p["kind"] in ("style", "honest")]
+    if planted_fit:
+        out.append(f"What was planted came out: rank correlation of behaviour with the weights {np.mean(planted_fit):.2f}"
+                   + (f", on new weights {np.mean(more):.2f}" if (more := [planted(p, data['base'])["spearman"] for p in data["policies"].values() if p["kind"] == "new world"]) else "") + ".")
     return out
 
 
@@ -280,7 +320,6 @@ def calibrate(args):
         file.parent.mkdir(parents=True, exist_ok=True)
         atomically(file, lambda path: path.write_text(json.dumps(analyze.plain(data), indent=1) + "\n", encoding="utf-8"))
     if not data["base"]:
-        from gemma import load_gemma, load_tokenizer
         data["base"] = {"answers": rates_of_answers(load_gemma("tiny/model"), load_tokenizer("tiny/model"), None)}
         keep()
     for folder in tqdm(folders, desc="policies", disable=args.quiet):
@@ -288,10 +327,10 @@ def calibrate(args):
         if digest not in data["policies"]:
             data["policies"][digest] = analyze.plain(policy(folder, args))
             keep()
-    data |= {"tables": tables(data), "threshold": THRESHOLD, "made": f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, torch {torch.__version__}",
+    data |= {"tables": tables(data), "sentences": sentences(data), "threshold": THRESHOLD, "made": f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, torch {torch.__version__}",
              "command": "python analyze.py --calibrate runs/results/* --adapter docs/controls.py:Constant"}
     keep()
     for t in data["tables"]:
         print("\n" + t["title"], "| " + " | ".join(t["head"]) + " |", *("| " + " | ".join(map(str, row)) + " |" for row in t["rows"]), t["note"], sep="\n")
-    print(f"\n{file}: {len(data['policies'])} policies")
+    print("", *data["sentences"], f"{file}: {len(data['policies'])} policies", sep="\n")
     return 0
