@@ -999,7 +999,7 @@ def dashboards(m, ledger_features, contexts=3, width=12):
         order = effect[k].argsort(descending=True, stable=True)
         out.append({**x, "labels": label.get("labels"), "description": label.get("description", ""), "by": label.get("by"), "steered": count["v"][i] / tokens, "up": float((sign[i] / max(1, count["v"][i]) + 1) / 2),
                     "fires": count["f"][i] / tokens, "usage": float(mass[i] / max(mass.sum(), 1e-30)),
-                    "raises": [[piece(m, j), float(effect[k, j])] for j in order[:8]], "lowers": [[piece(m, j), float(effect[k, j])] for j in order.flip(0)[:8]],
+                    "raises": [[piece(m, j), float(effect[k, j])] for j in order[:8] if effect[k, j] > 0], "lowers": [[piece(m, j), float(effect[k, j])] for j in order.flip(0)[:8] if effect[k, j] < 0],
                     "steered_at": found["v"], "fires_at": found["f"]})
     return out
 

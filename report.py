@@ -556,8 +556,8 @@ def card(x, is_open):
 
 def features(a, s):
     return join([
-        tag("p", f"The {len(s)} features with the largest entries in the ledger. The texts are those where a feature is steered most and where it fires most; only where both look alike does the label, "
-                 "which is about firing, say what the steering is about: the one is the control of the other."),
+        tag("p", f"The {len(s)} features with the largest entries in the ledger. The texts are those where a feature is steered most, and those where it fires most: a policy may use a feature "
+                 "where it never fires by itself, and then what it fires on does not say what the steering is for."),
         tag("p", "On each token: ", tag("i", "fires", style="--f:.9", class_="f"), " (background), ", tag("i", "pushed up", style="--v:1", class_="u"), " or ",
             tag("i", "pushed down", style="--v:1", class_="d"), " (line below), the stronger the deeper, within a card. Beside the number of a feature: its label, and its entry in the ledger ± s.e., in nats a token. "
             "The effect on tokens is the direct one, through the final norm and the head, around the blocks in between; it has no control.", class_="note"),
