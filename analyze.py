@@ -74,9 +74,9 @@ def ratio(num, den=None, clusters=None, *, samples=2000, seed=0):
     return {"value": float(value), "low": float(low), "high": float(high), "se": float(drawn.std())}
 
 
-def apart(interval):
-    """Whether an interval leaves out 0."""
-    return interval["low"] > 0 or interval["high"] < 0
+def apart(x):
+    """Whether 0 is left out, by the interval over prompts and, where there is one, by that over facts."""
+    return all(x.get(low, math.nan) > 0 or x.get(high, math.nan) < 0 for low, high in (("low", "high"), ("facts_low", "facts_high")) if low in x)
 
 
 def gini(x):
@@ -171,6 +171,7 @@ class Material:
         self.facts = numbered([(q.subject, q.relation) if q else p.prompt for q, p in zip(self.questions, pairs)])
         if len(set(self.facts)) < FEWEST:
             raise UserError(f"{len(set(self.facts))} held-out prompts are too few for an interval; it needs at least {FEWEST} (more held-out pairs, or a larger --limit)")
+        self.batch_size, self.parts = batch_size, {}
         self.rows = [self._rows(index, batch.to(self.model.device)) for index, batch in self.bar(list(simpo.batches(pairs, batch_size)), "frozen prefix")]
         self.base, self.full = self.margins(torch.zeros(self.sae.d_sae)), self.margins()
 
@@ -188,8 +189,8 @@ class Material:
         v = rows.v
         weight = v.value if keep is None else v.value * keep.to(v.value)[v.feature]
         W = self.sae.W_dec
-        if not len(v.feature):
-            return W.new_zeros(len(v.start), W.shape[1])
+        if not len(v.feature) or W.device.type == "mps":                          # there is no embedding_bag on mps
+            return W.new_zeros(len(v.start), W.shape[1]).index_add(0, v.token, W[v.feature] * weight[:, None].to(W.dtype))
         return F.embedding_bag(v.feature, W, v.start, mode="sum", per_sample_weights=weight.to(W.dtype))
 
     def above(self, rows, delta):
@@ -211,17 +212,23 @@ class Material:
         for r in self.rows if rows is None else rows:
             delta = self.delta(r, keep)
             chosen, rejected = simpo.mean_logps(self.model, r.batch, self.above(r, delta if change is None else change(delta)))
-            out[r.index] = (chosen - rejected).double().cpu().numpy()
+            out[r.index] = (chosen - rejected).cpu().double().numpy()
         return out
 
     def some(self, pairs):
-        """At least so many pairs (and enough for an interval), as batches evenly spaced, so that all lengths are there."""
-        n = min(len(self.rows), math.ceil(len(self.rows) * max(pairs, 2 * FEWEST) / len(self.pairs)))
-        return [self.rows[k] for k in np.unique(np.linspace(0, len(self.rows) - 1, n).round().astype(int))]
+        """So many of the pairs (and enough for an interval), evenly spaced in the file, as batches of their own."""
+        n = min(len(self.pairs), max(pairs, 2 * FEWEST))
+        if n not in self.parts:
+            index = np.linspace(0, len(self.pairs) - 1, n).round().astype(int).tolist()
+            self.parts[n] = [self._rows([index[k] for k in some], batch.to(self.model.device)) for some, batch in simpo.batches([self.pairs[i] for i in index], self.batch_size)]
+        return self.parts[n]
 
     def mean(self, values, den=None):
         """Of one value a pair, nan: not measured. -> ratio over prompts, with the interval over facts beside it on the lab"""
         values, there = np.asarray(values, dtype=np.float64), ~np.isnan(values)
+        if len(np.unique(self.facts[there])) < FEWEST:                        # of a part of the pairs; the whole was looked at when it was read
+            value = values[there].sum() / (there.sum() if den is None else np.asarray(den)[there].sum()) if there.any() else math.nan
+            return {"value": float(value), "low": math.nan, "high": math.nan, "se": math.nan}
         den = None if den is None else np.asarray(den, dtype=np.float64)[there]
         out = ratio(values[there], den, np.asarray(self.prompts)[there])
         if self.world:
@@ -244,12 +251,12 @@ class Material:
             s = getattr(r, kind)
             here = torch.isin(r.branch[s.token], torch.tensor(branches, device=s.token.device))
             amount = torch.ones_like(s.value) if weight is None else weight(s.value)
-            total += torch.bincount(s.feature[here].cpu(), amount[here].double().cpu(), self.sae.d_sae)
+            total += torch.bincount(s.feature[here].cpu(), amount[here].cpu().double(), self.sae.d_sae)
         return total.numpy()
 
     def mass(self):
         """Usage of each feature: Σ‖v_i d_i‖ over all steered tokens, (F,)."""
-        return self.events("v", torch.abs) * self.sae.W_dec.double().norm(dim=-1).cpu().numpy()
+        return self.events("v", torch.abs) * self.sae.W_dec.float().norm(dim=-1).cpu().double().numpy()
 
 
 class Kept:
@@ -428,8 +435,8 @@ def siblings(m, args, top=50):
         mass = torch.zeros(m.sae.d_sae, dtype=torch.float64)
         with torch.no_grad():
             for r in m.some(200):
-                mass += steering.features(r.h[r.where]).abs().double().sum(0).cpu()
-        ranked.append(set((mass * m.sae.W_dec.double().norm(dim=-1).cpu()).argsort(descending=True, stable=True)[:top].tolist()))
+                mass += steering.features(r.h[r.where]).abs().cpu().double().sum(0)
+        ranked.append(set((mass * m.sae.W_dec.float().norm(dim=-1).cpu().double()).argsort(descending=True, stable=True)[:top].tolist()))
     used = int((m.events("v") > 0).sum())
     overlaps = [jaccard(a, b) for i, a in enumerate(ranked) for b in ranked[:i]]
     share = top / max(top, used)
@@ -630,7 +637,7 @@ def sweep_point(m, args, texts, **change):
         for r in m.some(args.draw_pairs * 3):
             h = other.add(r.h, r.where, other.features(r.h[r.where]))
             chosen, rejected = simpo.mean_logps(m.model, r.batch, m.blocks(r, h))
-            margins[r.index] = (chosen - rejected).double().cpu().numpy()
+            margins[r.index] = (chosen - rejected).cpu().double().numpy()
     there = ~np.isnan(margins)
     loss = np.full(len(margins), np.nan)
     loss[there] = m.loss(margins[there])
@@ -814,7 +821,7 @@ def ledger(m, args):
     by_token = np.zeros((P, C))
     for r in m.bar(m.rows, "ledger, tokens"):
         with torch.no_grad():
-            by_token[r.index] = (split_margins(m, r, m.above(r, m.delta(r))) - split_margins(m, r, m.blocks(r, r.h))).double().cpu().numpy()
+            by_token[r.index] = (split_margins(m, r, m.above(r, m.delta(r))) - split_margins(m, r, m.blocks(r, r.h))).cpu().double().numpy()
     gain = m.full - m.base
     whole = m.mean(gain)
     out = {"gain": whole, "tokens": {name: entry(m, by_token[:, c], gain, whole) for c, name in enumerate(names)}, "tokens_error": float(np.abs(by_token.sum(1) - gain).sum() / max(np.abs(gain).sum(), 1e-30))}
@@ -828,7 +835,7 @@ def ledger(m, args):
     feature, region = np.zeros((len(index), m.sae.d_sae), dtype=np.float32), np.full((P, 3), np.nan)
     table = np.full((P, len(GROUPS), C), np.nan)
     for r in m.bar(some, "ledger, features"):
-        value, s = integrated(m, r, args.steps).double().cpu(), r.v
+        value, s = integrated(m, r, args.steps).cpu().double(), r.v
         row, which = r.row[s.token].cpu(), s.feature.cpu()
         total = value.sum(1)
         slots = row * m.sae.d_sae + which
@@ -1014,7 +1021,7 @@ def ten_pairs(m, count=10, top=5):
         if not set(r.index) & set(picked):
             continue
         with torch.no_grad():
-            change = (token_values(m, r, m.above(r, m.delta(r))) - token_values(m, r, m.blocks(r, r.h))).double().cpu()
+            change = (token_values(m, r, m.above(r, m.delta(r))) - token_values(m, r, m.blocks(r, r.h))).cpu().double()
         owner, target = r.batch.owner.cpu(), r.batch.target.cpu()
         for b, i in enumerate(r.index):
             if i in picked:

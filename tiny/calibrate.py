@@ -55,15 +55,16 @@ def spearman(a, b):
 
 @torch.no_grad()
 def log_odds(model, tokenizer, edits):
-    """Mean log p(with the choice) - log p(without) of whole answers, over the probe's minimal pairs. -> {choice: (n,) nats}"""
+    """log p(with the choice) - log p(without) of whole answers, for the probe's minimal pairs, and what each pair is about.
+    -> {choice: ((n,) nats, (n,) facts)}"""
     out = {}
     for name, pairs in measure.read_probe(tokenizer).items():
-        odds = np.zeros(len(pairs))
+        odds, questions = np.zeros(len(pairs)), [world.read_prompt(p.text) for p in pairs]
         for index, batch in simpo.batches(pairs, 64):
             chosen, rejected = simpo.response_logps(model, batch, edits)
             n = batch.lengths.double()
             odds[index] = (chosen.double() * n[:len(index)] - rejected.double() * n[len(index):]).numpy()
-        out[name] = odds
+        out[name] = odds, analyze.numbered([(q.subject, q.relation) for q in questions])
     return out
 
 
@@ -88,6 +89,12 @@ def labels_beside(run):
     return feature_labels.read_labels(path, run.sae)
 
 
+def identity(folder):
+    """A digest of a run's adapter and of the labels that it is measured with: with others it is measured anew."""
+    path = feature_labels.default_path(load_sae(read_json(folder / "config.json")["sae"]))
+    return hashlib.sha256((folder / fsrl.WEIGHTS).read_bytes() + (path.read_bytes() if path.exists() else b"")).hexdigest()[:16]
+
+
 def instruments(m):
     """What each instrument says about each choice and both groups, on the pairs of m. -> {instrument: {choice or group: ratio or number}}, gain"""
     names = analyze.categories(m)
@@ -109,30 +116,30 @@ def instruments(m):
         out["masking"][name] = m.mean(m.full - m.margins(keep), gain) if sure else None
     some = m.some(LEDGER)
     index = np.concatenate([r.index for r in some])
-    entries = np.full((len(m.pairs), len(sets)), np.nan)
+    entries, whole_sum = np.full((len(m.pairs), len(sets)), np.nan), np.zeros(len(m.pairs))
     marks = torch.zeros(m.sae.d_sae, 1 + len(sets))
     marks[:, 0] = m.groups["known"].float()
     for k, name in enumerate(sets):
         marks[sets[name], 1 + k] = 1.0
     for r in some:
         value = analyze.integrated(m, r, 3).sum(1).double()
+        whole_sum[r.index] = torch.zeros(len(r.index), dtype=torch.float64).index_add_(0, r.row[r.v.token], value).numpy()
         slots = torch.zeros(len(r.index), len(sets), dtype=torch.float64)
         entries[r.index] = slots.index_add_(0, r.row[r.v.token], value[:, None] * marks[r.v.feature, 1:].double()).numpy()
-    share = {}
-    for kind in ("v", "f"):
-        total, tokens = torch.zeros(1 + len(sets), dtype=torch.float64), 0
-        for r in m.rows:
-            count = analyze.label_counts(getattr(r, kind), len(r.row), marks)
-            there = (count[:, 0] > 0) & (r.branch > 0)
-            total += (count / count[:, :1].clamp_min(1))[there].double().sum(0)
-            tokens += int(there.sum())
-        share[kind] = (total[1:] / max(1, tokens)).numpy()
+    share = {"v": torch.zeros(1 + len(sets), dtype=torch.float64), "f": torch.zeros(1 + len(sets), dtype=torch.float64)}
+    for r in m.rows:
+        count = {kind: analyze.label_counts(getattr(r, kind), len(r.row), marks) for kind in share}
+        there = (count["v"][:, 0] > 0) & (count["f"][:, 0] > 0) & (r.branch > 0)
+        for kind in share:
+            share[kind] += (count[kind] / count[kind][:, :1].clamp_min(1))[there].double().sum(0)
+    share = {kind: total[1:].numpy() for kind, total in share.items()}                # sums over the same tokens
     predicted = written(m)
     for k, name in enumerate(sets):
         out["features"][name] = {**m.mean(entries[:, k]), "share": float(np.nansum(entries[:, k]) / gain[index].sum()) if sure else None}
         out["rates"][name] = float(share["v"][k] / share["f"][k] - 1) if share["f"][k] else None
         out["writes"][name] = float(predicted[name]) if name in predicted else float(sum(abs(predicted[c]) for c in GROUPS[name]))
-    out["sizes"] = {name: len(some) for name, some in sets.items()}
+    out["sizes"] = {name: len(members) for name, members in sets.items()}
+    out["completeness"] = float(np.abs(whole_sum[index] - gain[index]).sum() / max(np.abs(gain[index]).sum(), 1e-30))
     return out | {"gain": whole, "sure": bool(sure)}
 
 
@@ -163,12 +170,11 @@ def policy(folder, args):
         raise UserError(f"{folder} was not trained on the lab's pairs ({config['pairs']}); only there the truth is known")
     weights = {c: float(meta["weights"].get(c, 0)) for c in world.CHOICES}
     edits, marks = run.steering.edits(), labels_beside(run)
-    states = torch.cat([simpo.prefix(run.model, batch, run.sae.layer)[batch.branch > 0] for _, batch in simpo.batches(features.label_pairs(run.tokenizer)[:64], 64)])
-    push = features.PUSH * states.norm(dim=-1).median().item()
+    push = features.push_of(run.model, run.sae, features.label_pairs(run.tokenizer))
     out = {"run": Path(folder).name, "kind": kind_of(config, weights, run.sae), "weights": weights, "seed": config["seed"], "instruments": {},
            "answers": rates_of_answers(run.model, run.tokenizer, edits)}
     before, after = log_odds(run.model, run.tokenizer, None), log_odds(run.model, run.tokenizer, edits)
-    out["probe"] = {c: analyze.ratio(after[c] - before[c]) for c in world.CHOICES}
+    out["probe"] = {c: analyze.ratio(after[c][0] - before[c][0], clusters=after[c][1]) for c in world.CHOICES}
     own = "null" if not any(weights.values()) else config["pairs"]
     cross = {"style": HERE / "pairs" / "style", "honest": HERE / "pairs" / "honest"} if out["kind"] in ("style", "honest") else {}
     for name, source in {"own": config["pairs"], **{k: v for k, v in cross.items() if k != out["kind"]}}.items():
@@ -268,9 +274,10 @@ def tables(data):
              for k in ("style", "honest") if k in kinds for pairs in ("style", "honest")]
     out.append({"title": "The cross: each policy on each world's pairs", "head": ["", "tokens: style", "tokens: alignment", "masking style", "masking alignment", "gain, nats a token"], "rows": cross,
                 "note": "Shares of the gain on tokens that settle a choice of the group, and shares lost when its features are masked."})
-    choices = [[c, *(cell for k in order[:3] for cell in (mean_sd(of(k, lambda p: p["probe"][c]["value"]), "{:+.2f}"), mean_sd(of(k, lambda p: value_of(p["instruments"]["own"]["tokens"][c])), "{:+.2f}"),      # noqa: B023
+    three = [k for k in ("style", "honest", "null") if k in kinds]
+    choices = [[c, *(cell for k in three for cell in (mean_sd(of(k, lambda p: p["probe"][c]["value"]), "{:+.2f}"), mean_sd(of(k, lambda p: value_of(p["instruments"]["own"]["tokens"][c])), "{:+.2f}"),      # noqa: B023
                                                          mean_sd(of(k, lambda p: p["instruments"]["own"]["writes"][c]), "{:+.2f}")))] for c in world.CHOICES]      # noqa: B023
-    out.append({"title": "Choice by choice", "head": ["", *(f"{k}: {what}" for k in order[:3] for what in ("log-odds", "tokens", "writes"))], "rows": choices,
+    out.append({"title": "Choice by choice", "head": ["", *(f"{k}: {what}" for k in three for what in ("log-odds", "tokens", "writes"))], "rows": choices,
                 "note": "Change of log-odds on the probe in nats; share of the gain on its tokens; steering times what features write, in nats."})
     return out
 
@@ -313,6 +320,8 @@ def calibrate(args):
     folders = [Path(f) for f in args.run if (Path(f) / fsrl.CONFIG).exists()]
     if not folders:
         raise UserError(f"--calibrate: {args.run[0]} and the others are no finished runs")
+    if left := [f for f in args.run if Path(f) not in folders]:
+        print(f"no finished runs, left out: {', '.join(left)}", file=sys.stderr)
     file = Path(args.out) if args.out else FILE
     data = read_json(file) if file.exists() else {"base": None, "policies": {}, "threshold": THRESHOLD}
 
@@ -323,9 +332,9 @@ def calibrate(args):
         data["base"] = {"answers": rates_of_answers(load_gemma("tiny/model"), load_tokenizer("tiny/model"), None)}
         keep()
     for folder in tqdm(folders, desc="policies", disable=args.quiet):
-        digest = hashlib.sha256((folder / fsrl.WEIGHTS).read_bytes()).hexdigest()[:16]
-        if digest not in data["policies"]:
-            data["policies"][digest] = analyze.plain(policy(folder, args))
+        if identity(folder) not in data["policies"]:
+            measured = analyze.plain(policy(folder, args))
+            data["policies"] = {k: p for k, p in data["policies"].items() if p["run"] != folder.name} | {identity(folder): measured}       # what other labels gave goes
             keep()
     data |= {"tables": tables(data), "sentences": sentences(data), "threshold": THRESHOLD, "made": f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, torch {torch.__version__}",
              "command": "python analyze.py --calibrate runs/results/* --adapter docs/controls.py:Constant"}

@@ -5,10 +5,10 @@
              length along the feature's direction, up and down
 
 A feature has a label if half of its mass lies there: a choice, or a group (style, alignment). For `writes`, mass is what
-exceeds chance: effects are divided by the standard deviation of those of 256 random directions of the same length, and the first
-two standard deviations of each count as nothing. So a direction that moves everything a little gets no label.
+exceeds chance: effects are divided by the standard deviation of those of random directions of the same length, and the first
+two standard deviations of each count as nothing. Among ten choices, one is beyond two by chance for every third direction; so a feature
+needs a total excess that only 1 of 100 random directions has, too. How many of 256 OTHER random directions would get a label is printed.
 """
-import math
 import sys
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from tiny import measure, world  # noqa: E402
 
 PUSH = 0.25              # length of the move, as a share of the median state's
 EACH = 24                # deciding positions of each choice
-CHANCE = 256             # random directions
+CHANCE = 256             # random directions that say what chance is; as many again that try the rule
 GROUPS = {"style": world.STYLE, "alignment": world.ALIGNMENT}
 
 
@@ -40,7 +40,7 @@ def reads(model, sae, tokenizer, pairs, progress=False):
     for index, batch in tqdm(list(simpo.batches(pairs, 64)), desc="reads", disable=not progress):
         f = sae.encode(simpo.prefix(model, batch, sae.layer)).double()
         about = torch.zeros(*batch.ids.shape, mass.shape[1], dtype=torch.float64)
-        about[batch.position > 0, -1] = 1.0
+        about[batch.branch > 0, -1] = 1.0
         for b, i in enumerate(index):
             pair, start = pairs[i], len(pairs[i].prompt)
             for answer in (pair.chosen, pair.rejected):
@@ -99,12 +99,11 @@ def log_odds(model, layer, ids, gone, yes, moves, chunk=512):
 
 
 def writes(model, sae, tokenizer, pairs, progress=False, each=EACH):
-    """-> effect (F, 10) of moving the state by PUSH along each feature: half of log-odds(up) - log-odds(down), in nats, mean over deciding
-    positions; chance (10,): its standard deviation over random directions; push: the length in the units of the state"""
-    places = deciding(tokenizer, pairs, each)
-    states = torch.cat([simpo.prefix(model, batch, sae.layer)[batch.branch > 0] for _, batch in simpo.batches(pairs[:64], 64)])
-    push = PUSH * states.norm(dim=-1).median().item()
-    random = torch.randn(CHANCE, sae.d_in, generator=torch.Generator().manual_seed(0))
+    """-> effect (F, 10) of moving the state by `push_of` along each feature: half of log-odds(up) - log-odds(down), in nats, mean over deciding
+    positions; and the same of 2 * CHANCE random directions"""
+    places, push = deciding(tokenizer, pairs, each), push_of(model, sae, pairs)
+    # Not seed 0: the lab's SAE began as that draw, and its directions are still like it.
+    random = torch.randn(2 * CHANCE, sae.d_in, generator=torch.Generator().manual_seed(2027))
     unit = torch.nn.functional.normalize(torch.cat([sae.W_dec.float(), random]), dim=-1) * push
     effect = torch.zeros(len(unit), len(world.CHOICES), dtype=torch.float64)
     with tqdm(total=sum(map(len, places.values())), desc="writes", disable=not progress) as bar:
@@ -113,10 +112,24 @@ def writes(model, sae, tokenizer, pairs, progress=False, each=EACH):
                 odds = log_odds(model, sae.layer, ids, gone, yes, torch.cat([unit, -unit]))
                 effect[:, k] += (odds[:len(unit)] - odds[len(unit):]) / 2 / len(places[name])
                 bar.update()
-    return effect[:sae.d_sae], effect[sae.d_sae:].std(0), push
+    return effect[:sae.d_sae], effect[sae.d_sae:]
 
 
-def labelled(mass, named=True):
+def push_of(model, sae, pairs):
+    """The length of the move, in units of the state: PUSH of the median state's at answer tokens."""
+    states = torch.cat([simpo.prefix(model, batch, sae.layer)[batch.branch > 0] for _, batch in simpo.batches(pairs[:64], 64)])
+    return PUSH * states.norm(dim=-1).median().item()
+
+
+def excess(effect, chance):
+    """Effects (n,10) -> mass (n,11) beyond two standard deviations of `chance` (m,10), other last: all of it for a total that 1 of 100 of chance has"""
+    over = lambda x: ((x / chance.std(0)).abs() - 2).clamp_min(0)      # noqa: E731
+    mass, bar = over(effect), over(chance).sum(1).quantile(.99)
+    mass[mass.sum(1) <= bar] = 0
+    return torch.cat([mass, mass.new_zeros(len(mass), 1)], 1)
+
+
+def labelled(mass):
     """mass (11,) of choices and other -> (group labels, choices) that hold half of it or more"""
     total = float(mass.sum())
     if not total > 0:
@@ -132,11 +145,14 @@ def lab_labels(model, tokenizer, sae, progress=False):
         raise UserError("--make-labels lab needs the lab's own model (tiny/model), whose words it knows")
     pairs = label_pairs(tokenizer)
     read = reads(model, sae, tokenizer, pairs, progress)
-    effect, chance, push = writes(model, sae, tokenizer, pairs, progress)
-    excess = ((effect / chance).abs() - 2).clamp_min(0)
+    effect, random = writes(model, sae, tokenizer, pairs, progress)
+    mass, tried = excess(effect, random[:CHANCE]), excess(random[CHANCE:], random[:CHANCE])
+    chance = random[:CHANCE].std(0)
+    if progress:
+        print(f"labels by chance: {sum(bool(labelled(x)[0]) for x in tried)} of {CHANCE} random directions would get one by what they write")
     write_rows, read_rows = [], []
     for i in range(sae.d_sae):
-        groups, choices = labelled(torch.cat([excess[i], excess.new_zeros(1)]))
+        groups, choices = labelled(mass[i])
         order = effect[i].div(chance).abs().argsort(descending=True)[:2].tolist()
         write_rows.append({"index": i, "labels": groups, "choices": choices, "writes": {c: round(float(x), 4) for c, x in zip(world.CHOICES, effect[i])},
                            "description": "writes " + ", ".join(f"{'+' if effect[i, k] > 0 else '−'}{world.CHOICES[k]} ({effect[i, k]:+.2f} nats, {effect[i, k] / chance[k]:+.1f} sd of chance)" for k in order)})
