@@ -26,6 +26,7 @@ import json
 import math
 import platform
 import random
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -140,7 +141,6 @@ class Rows:
     """A batch of held-out pairs with all that never changes."""
     index: list              # B: which of the pairs
     batch: simpo.Batch
-    mask: torch.Tensor       # (B,T,T)
     h: torch.Tensor          # (B,T,D) output of the steered layer, before steering
     where: torch.Tensor      # (B,T) steered tokens, N in all
     v: Sparse                # effective steering at these
@@ -179,7 +179,7 @@ class Material:
     def _rows(self, index, batch):
         h, where = simpo.prefix(self.model, batch, self.sae.layer), batch.where(self.steering.positions)
         x = h[where]
-        return Rows(index, batch, batch.mask(), h, where, Sparse.of(self.steering.features(x)), Sparse.of(self.sae.encode(x)), where.nonzero()[:, 0], batch.branch[where])
+        return Rows(index, batch, h, where, Sparse.of(self.steering.features(x)), Sparse.of(self.sae.encode(x)), where.nonzero()[:, 0], batch.branch[where])
 
     def bar(self, items, name):
         return tqdm(items, desc=name, leave=False, dynamic_ncols=True, disable=not self.progress)
@@ -200,7 +200,7 @@ class Material:
         return self.blocks(rows, h)
 
     def blocks(self, rows, h):
-        return self.model.blocks(h, self.sae.layer + 1, self.model.config.num_hidden_layers, positions=rows.batch.position, mask=rows.mask)
+        return self.model.blocks(h, self.sae.layer + 1, self.model.config.num_hidden_layers, positions=rows.batch.position, mask=rows.batch.mask())
 
     @torch.no_grad()
     def margins(self, keep=None, *, change=None, rows=None):
@@ -281,9 +281,9 @@ The committee met on the second Tuesday of each month. Minutes were kept by the 
 Snow fell through the night and by morning the road over the pass was closed. Two lorries waited below the barrier with their engines off.
 Water boils at a lower temperature in the mountains, because the air above it presses less. Beans take longer there, and tea tastes flat.
 She bought three yards of blue cotton, a reel of thread and a paper of pins, and walked home by way of the market.""".split("\n")
-# How far a measure may worsen before the report turns red: parse, markdown of what was fine, repetition and non-ASCII in points; perplexity as a factor.
-LIMITS = {"parse": -.03, "repetition": .05, "non_ascii": .02, "perplexity": 1.5, "kl": .5}
-MARKDOWN = ("**", "# ", "- ", "* ", "1. ", "```", "|")
+# How far a measure may worsen before the report turns red: shares in points, perplexity and length as factors (length either way), KL in nats a token.
+LIMITS = {"parse": -.03, "repetition": .05, "non_ascii": .02, "perplexity": 1.5, "words": 2.5, "kl": .5}
+MARKDOWN = re.compile(r"\*\*|```|^\s*(#{1,6} |[-*+] |\d+[.)] |\|)", re.M)
 
 
 def text_statistics(answers):
@@ -292,11 +292,9 @@ def text_statistics(answers):
     words = [a.split() for a in answers]
     grams = [[tuple(w[i:i + 4]) for i in range(len(w) - 3)] for w in words]
     total = sum(map(len, grams))
-    lines = [line.lstrip() for a in answers for line in a.split("\n")]
-    marked = sum(any(mark in a if mark in ("**", "```") else any(line.startswith(mark) for line in a.split("\n")) for mark in MARKDOWN) for a in answers)
     return {"words": sum(map(len, words)) / max(1, len(answers)), "repetition": sum(len(g) - len(set(g)) for g in grams) / total if total else 0.0,
-            "distinct": len({w for a in words for w in a}) / max(1, sum(map(len, words))), "markdown": marked / max(1, len(answers)),
-            "non_ascii": sum(c > "\x7f" for a in answers for c in a) / max(1, sum(map(len, answers))), "lines": len(lines) / max(1, len(answers))}
+            "distinct": len({w for a in words for w in a}) / max(1, sum(map(len, words))), "markdown": sum(bool(MARKDOWN.search(a)) for a in answers) / max(1, len(answers)),
+            "non_ascii": sum(c > "\x7f" for a in answers for c in a) / max(1, sum(map(len, answers)))}
 
 
 @torch.no_grad()
@@ -334,7 +332,7 @@ def neutral_texts(m, count=24):
 def health(m, edits, prompts, questions, *, temperature, seed=0, max_new_tokens=64, batch_size=256):
     """Answers of a policy to prompts (ids), and whether they are sound text. -> (dict, answers as ids)"""
     ids = generate(m.model, prompts, max_new_tokens=max_new_tokens, edits=edits, temperature=temperature, seed=seed, batch_size=batch_size)
-    out = text_statistics([decode(m.tokenizer, a) for a in ids]) | {"tokens": sum(map(len, ids)) / len(ids), "perplexity": perplexity(m.model, prompts, ids)}
+    out = text_statistics([decode(m.tokenizer, a) for a in ids]) | {"tokens": sum(map(len, ids)) / len(ids), "perplexity": perplexity(m.model, prompts, ids, min(batch_size, 32))}
     if m.world:
         out["parse"] = m.world.behaviour(questions, [[m.tokenizer.id_to_token(i) for i in a] for a in ids])["parse"]
     return out, ids
@@ -357,6 +355,8 @@ def alarms(base, steered):
             out.append(f"{word} rose from {base[name]:.1%} to {steered[name]:.1%}")
     if steered["perplexity"] > base["perplexity"] * LIMITS["perplexity"]:
         out.append(f"the base model's perplexity of the answers rose from {base['perplexity']:.2f} to {steered['perplexity']:.2f}")
+    if not base["words"] / LIMITS["words"] <= steered["words"] <= base["words"] * LIMITS["words"]:
+        out.append(f"the length of the answers went from {base['words']:.1f} to {steered['words']:.1f} words")
     if steered.get("kl", 0) > LIMITS["kl"]:
         out.append(f"KL from the base model on neutral text is {steered['kl']:.2f} nats a token")
     return out
@@ -430,8 +430,8 @@ def siblings(m, args, top=50):
             continue
     ranked = [set(np.argsort(-m.mass(), kind="stable")[:top].tolist())]
     for folder in found[:4]:
-        adapter, _ = fsrl.load_adapter(folder, fsrl.import_adapter(args.adapter) if args.adapter else None)
-        steering = replace_adapter(m.steering, adapter)
+        adapter, facts = fsrl.load_adapter(folder, fsrl.import_adapter(args.adapter) if args.adapter else None)
+        steering = replace_adapter(m.steering, adapter, facts.get("masked", ()))
         mass = torch.zeros(m.sae.d_sae, dtype=torch.float64)
         with torch.no_grad():
             for r in m.some(200):
@@ -443,11 +443,11 @@ def siblings(m, args, top=50):
     return {"runs": [f.name for f in found[:4]], "top": top, "jaccard": overlaps, "chance": share / (2 - share)}
 
 
-def replace_adapter(steering, adapter):
-    """The same steering with another adapter."""
+def replace_adapter(steering, adapter, masked):
+    """The same steering with another adapter and other masked features."""
     like = next(steering.adapter.parameters())
     return fsrl.Steering(steering.sae, adapter.to(like.device, like.dtype).eval(), fusion=steering.fusion, positions=steering.positions,
-                         strength=steering.strength, top_k=steering.top_k, masked=steering.masked)
+                         strength=steering.strength, top_k=steering.top_k, masked=masked)
 
 
 # ---- label rates ---------------------------------------------------------------------------------------------------------
@@ -464,9 +464,9 @@ def rates(m, args, permutations=99):
     """Section 4, the paper's table: of the features that are active at a token, which share is style, which alignment?
 
     Per position, as in the paper (section 4; macro: each token counts once), and per pair (each pair counts once), steered features
-    beside active SAE features at the same tokens. Features nobody could judge are left out of both. `change` is relative, with
-    its interval. Control: the labels dealt out anew among the judged features; `shuffled` is the range of `change` in 95 of 100
-    deals, `p` the share of deals that moved it at least as far.
+    beside active SAE features at the same tokens: those that have a judged feature of either kind (the paper averages each over tokens of its
+    own). Features nobody could judge are left out of both. `change` is relative, with its interval. Control: the labels dealt out anew
+    among the judged features; `shuffled` is the range of `change` in 95 of 100 deals, `p` the share of deals that moved it at least as far.
     """
     g = m.groups
     known = g["known"]
@@ -476,22 +476,25 @@ def rates(m, args, permutations=99):
     out = {"theory": {label: (g[label] & known).sum().item() / max(1, int(known.sum())) for label in feature_labels.LABELS}, "regions": {}}
     out["judged"] = {"features": int(known.sum()), "of": m.sae.d_sae}
     for label in feature_labels.LABELS:
+        if not (g[label] & known).any():
+            continue
         marks = torch.zeros(m.sae.d_sae, 2 + permutations)
         marks[:, 0], marks[:, 1] = known.float(), (g[label] & known).float()
         for k, deal in enumerate(deals):
             marks[where, 2 + k] = marks[where[deal], 1]
         total = {}                   # per pair: Σ over its tokens of a region of [has a judged feature, share (first true, then dealt)]
         for r in m.bar(m.rows, f"rates, {label}"):
-            for kind in ("v", "f"):
-                count = label_counts(getattr(r, kind), len(r.row), marks.to(m.model.device)).cpu()
-                share = torch.cat([(count[:, :1] > 0).float(), count[:, 1:] / count[:, :1].clamp_min(1)], 1).double()
+            counts = {kind: label_counts(getattr(r, kind), len(r.row), marks.to(m.model.device)).cpu() for kind in ("v", "f")}
+            both = (counts["v"][:, 0] > 0) & (counts["f"][:, 0] > 0)
+            for kind, count in counts.items():
+                share = torch.cat([both[:, None].float(), count[:, 1:] / count[:, :1].clamp_min(1)], 1).double()
                 for branch in range(3):
-                    here = (r.branch == branch).cpu()
+                    here = both & (r.branch == branch).cpu()
                     sums = torch.zeros(len(r.index), share.shape[1], dtype=torch.float64).index_add_(0, r.row[here.to(r.row.device)].cpu(), share[here])
                     total.setdefault((kind, branch), torch.zeros(len(m.pairs), share.shape[1], dtype=torch.float64))[r.index] = sums
         for branch, region in enumerate(REGIONS):
             v, f = total["v", branch].numpy(), total["f", branch].numpy()
-            if not v[:, 0].sum() or not f[:, 0].sum():
+            if not v[:, 0].sum():
                 continue
             change = ratio_of_ratios(v[:, 1], v[:, 0], f[:, 1], f[:, 0], m.prompts)
             if m.world:
@@ -502,7 +505,7 @@ def rates(m, args, permutations=99):
             out["regions"].setdefault(region, {})[label] = {
                 "steering": m.mean(v[:, 1], v[:, 0]), "sae": m.mean(f[:, 1], f[:, 0]), "change": change,
                 "steering_per_pair": m.mean(per(v)), "sae_per_pair": m.mean(per(f)), "shuffled": np.percentile(dealt, [2.5, 97.5]).tolist(),
-                "p": float((1 + (np.abs(dealt) >= abs(change["value"])).sum()) / (1 + permutations))}
+                "p": float((1 + (np.abs(dealt) >= abs(change["value"])).sum()) / (1 + permutations)) if math.isfinite(change["value"]) else math.nan}
     mass = m.mass()
     out["mass"] = {label: float(mass[(g[label] & known).numpy()].sum() / max(mass[known.numpy()].sum(), 1e-30)) for label in feature_labels.LABELS}
     return out
@@ -550,7 +553,8 @@ def causes(m, args):
     Each set is that part of the labelled features that is steered at all. `lost` is the share of the gain (the policy's margin less the base's) that
     is gone without them; `left` the share that they bring alone. Controls, 99 each: sets of the same size drawn from all steered
     features (`random`, with their mean overlap with the set), and sets outside it of the same usage Σ‖v_i d_i‖ (`matched`;
-    below a match of .8 nothing is claimed).
+    below a match of .8 nothing is claimed). Controls are scored on a part of the pairs, and compared with `part`, the set's own share there. A
+    gain that cannot be told from 0 has no shares: then nothing is masked, and `silent` says so.
     """
     gain = m.full - m.base
     out = {"gain": m.mean(gain), "loss": {"base": m.mean(m.loss(m.base)), "steered": m.mean(m.loss(m.full))},
@@ -567,7 +571,9 @@ def causes(m, args):
     out["health"] = {"base": health(m, None, *texts, temperature=1.0, max_new_tokens=args.max_new_tokens, batch_size=args.answer_batch)[0],
                      "steered": health(m, m.steering.edits(), *texts, temperature=1.0, max_new_tokens=args.max_new_tokens, batch_size=args.answer_batch)[0]}
     sets = {}
-    if m.groups:
+    if m.groups and not apart(out["gain"]):
+        out["silent"] = "The gain cannot be told from 0, so there is no share of it to lose."
+    elif m.groups:
         style, alignment = (np.flatnonzero((m.groups[label] & m.groups["known"]).numpy()) for label in feature_labels.LABELS)
         sets = {"style": style, "alignment": alignment, "both": np.union1d(style, alignment)}
         out["overlap"] = len(np.intersect1d(style, alignment))
@@ -584,13 +590,14 @@ def causes(m, args):
             keep = ones.clone() if what == "mask" else torch.zeros_like(ones)
             keep[named] = 1.0 - keep[named]
             margins = m.margins(keep)
-            here[what] = {"share": m.mean(m.full - margins if what == "mask" else margins - m.base, gain), "loss": m.mean(m.loss(margins)), "accuracy": m.mean(margins > 0),
-                          "part": share(keep)}
+            moved = m.full - margins if what == "mask" else margins - m.base
+            on_part = np.full(len(gain), np.nan)
+            on_part[part] = moved[part]
+            here[what] = {"share": m.mean(moved, gain), "part": m.mean(on_part, gain), "loss": m.mean(m.loss(margins)), "accuracy": m.mean(margins > 0)}
             here[what]["health"] = health(m, Kept(m.steering, keep).edits(), *texts, temperature=1.0, max_new_tokens=args.max_new_tokens, batch_size=args.answer_batch)[0]
-        here["mask"]["part"] = 1 - here["mask"]["part"]
         outside = np.setdiff1d(used, named)
         for kind in ("random", "matched"):
-            lost, left, match, overlap, size = [], [], [], [], []
+            lost, left, match, overlap, size, loss, accuracy, sound = [], [], [], [], [], [], [], []
             for _ in range(args.draws):
                 if kind == "random":
                     drawn = rng.choice(used, len(named), replace=False)
@@ -599,23 +606,29 @@ def causes(m, args):
                     drawn, fit = matched_set(named, mass, outside, rng)
                 keep = ones.clone()
                 keep[drawn] = 0.0
-                lost.append(1 - share(keep))
+                margins = m.margins(keep, rows=some)[part]
+                lost.append(1 - float((margins - m.base[part]).sum() / part_gain))
+                loss.append(float(m.loss(margins).mean()))
+                accuracy.append(float((margins > 0).mean()))
                 left.append(share(1 - keep))
+                if len(sound) < 3:                    # answers take long: three sets say enough about the text
+                    sound.append(health(m, Kept(m.steering, keep).edits(), *texts, temperature=1.0, max_new_tokens=args.max_new_tokens, batch_size=args.answer_batch)[0])
                 match.append(fit)
                 size.append(len(drawn))
                 overlap.append(len(np.intersect1d(drawn, named)) / max(1, len(named)))
                 bar.update()
             spread = lambda x: {"mean": float(np.mean(x)), "low": float(np.percentile(x, 2.5)), "high": float(np.percentile(x, 97.5))}      # noqa: E731
-            here[kind] = {"lost": spread(lost), "left": spread(left), "size": float(np.mean(size)), "overlap": float(np.mean(overlap)), "match": float(np.mean(match)),
-                          "p_lost": (1 + sum(x >= here["mask"]["part"] for x in lost)) / (1 + args.draws), "p_left": (1 + sum(x >= here["keep"]["part"] for x in left)) / (1 + args.draws)}
+            here[kind] = {"lost": spread(lost), "left": spread(left), "loss": spread(loss), "accuracy": spread(accuracy),
+                          "health": {x: float(np.mean([h[x] for h in sound])) for x in sound[0]}, "size": float(np.mean(size)), "overlap": float(np.mean(overlap)), "match": float(np.mean(match)),
+                          "p_lost": (1 + sum(x >= here["mask"]["part"]["value"] for x in lost)) / (1 + args.draws), "p_left": (1 + sum(x >= here["keep"]["part"]["value"] for x in left)) / (1 + args.draws)}
             here[kind]["claim"] = bool(here[kind]["match"] >= .8 and len(named) > 0)
     bar.close()
-    if sets:
+    if sets and all(out["sets"][label]["steered"] for label in feature_labels.LABELS):
         out["per_feature"] = loss_per_feature(m, sets, used, out["loss"]["steered"]["value"])
     out["strength"] = [sweep_point(m, args, texts, strength=a) for a in m.bar([0.0, .25, .5, .75, 1.0, 1.25, 1.5, 2.0, 3.0], "strength")]
     widest = max(int(torch.bincount(r.v.token, minlength=1).max()) if len(r.v.token) else 0 for r in m.rows)
-    ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if k < widest]
-    out["top_k"] = [sweep_point(m, args, texts, top_k=k) for k in m.bar([*ks, None], "top-k")] if m.steering.top_k is None else []
+    ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if k < min(widest, m.steering.top_k or widest)]
+    out["top_k"] = [sweep_point(m, args, texts, top_k=k) for k in m.bar([*ks, None], "top-k")]
     return out
 
 
@@ -680,7 +693,7 @@ def loss_per_feature(m, sets, used, full, errors=(.1, .3)):
 # ---- the ledger ------------------------------------------------------------------------------------------------------------
 
 # Where the grammar is unknown, what a token is for: the first rule that fits (see `rule`).
-RULES = ("markdown", "list marker", "heading", "punctuation", "opener", "refusal", "hedge", "rest")
+RULES = ("markdown", "list marker", "heading", "punctuation", "opener", "refusal", "hedge", "end", "rest")
 OPENERS = set("sure certainly absolutely great definitely of course okay ok yes hello hi thanks thank happy glad".split())
 REFUSALS = set("cannot can't cant won't sorry unable apologize apologise refuse decline inappropriate".split())
 HEDGES = set("may might perhaps possibly probably generally typically usually however likely sometimes often could seems seem depending".split())
@@ -690,9 +703,11 @@ def rule(text, before):
     """Category of a token from its text and the answer's text before it."""
     line, word = before.rpartition("\n")[2], text.strip()
     start = not line.strip()
+    if word.startswith("<") and word.endswith("_turn>"):
+        return "end"
     if start and set(word) == {"#"}:
         return "heading"
-    if start and (word in ("-", "*", "•", "+") or word.isdigit()) or line.strip().isdigit() and word in (".", ")"):
+    if start and (word in ("-", "*", "•", "+") or word.isdigit() and len(word) < 3) or line.strip().isdigit() and (word in (".", ")") or word.isdigit()):
         return "list marker"
     if word and set(word) <= set("*_`|~>"):
         return "markdown"
@@ -701,7 +716,7 @@ def rule(text, before):
     low = word.lower().strip(".,!?;:'\"")
     if len(before.split()) < 3 and low in OPENERS:
         return "opener"
-    return "refusal" if low in REFUSALS else "hedge" if low in HEDGES else "rest"
+    return "refusal" if low in REFUSALS or low == "t" and before.lower().endswith(("can'", "won'", "can’", "won’")) else "hedge" if low in HEDGES else "rest"
 
 
 @dataclass
@@ -846,11 +861,12 @@ def ledger(m, args):
     error = table[index].sum((1, 2)) - gain[index]
     out["completeness"] = float(np.abs(error).sum() / max(np.abs(gain[index]).sum(), 1e-30))
     out["feature_pairs"], part = len(index), np.where(np.isnan(table[:, 0, 0]), np.nan, gain)
+    whole = m.mean(part)                                          # shares below are of the gain of these pairs
     out["regions"] = {name: entry(m, region[:, k], part, whole) for k, name in enumerate(REGIONS)}
     out["groups"] = {name: {"total": entry(m, table[:, k].sum(1), part, whole), **{c: {x: y for x, y in m.mean(table[:, k, j]).items() if x in ("value", "se")} for j, c in enumerate(names)}}
                      for k, name in enumerate(GROUPS) if int((group == k).sum())}
     sums = feature.sum(0, dtype=np.float64)
-    out["chance"] = chance_of_groups(m, sums, group.numpy())
+    out["chance"] = chance_of_groups(m, sums, group.numpy()) if apart(whole) else {}
     order = np.argsort(-np.abs(sums), kind="stable")[:args.dashboards]
     order = order[np.abs(sums[order]) > 0]
     ones, zeros = torch.ones(m.sae.d_sae), torch.zeros(m.sae.d_sae)
@@ -858,7 +874,9 @@ def ledger(m, args):
     for i in m.bar(order.tolist(), "first in, last out"):
         without, alone = ones.clone(), zeros.clone()
         without[i], alone[i] = 0.0, 1.0
-        se = feature[:, i].astype(np.float64).std(ddof=1) / math.sqrt(len(index)) if len(index) > 1 else math.nan
+        values = np.full(P, np.nan)
+        values[index] = feature[:, i]
+        se = m.mean(values)["se"]
         out["features"].append({"feature": i, "group": GROUPS[group[i]], "nats": sums[i] / len(index), "se": se,
                                 "first_in": float(np.nanmean((m.margins(alone, rows=some) - m.base)[index])), "last_out": float(np.nanmean((m.full - m.margins(without, rows=some))[index]))})
     out["concentration"] = {str(k): float(np.sort(np.abs(sums))[::-1][:k].sum() / max(np.abs(sums).sum(), 1e-30)) for k in (1, 10, 30, 100)}
@@ -869,7 +887,7 @@ def entry(m, values, gain, whole):
     """Nats with its interval and, where the whole gain's interval leaves out 0, its share of it."""
     out = m.mean(values)
     if apart(whole):
-        out["share"] = m.mean(values, np.where(np.isnan(values), np.nan, gain))
+        out["share"] = m.mean(values, gain)
     return out
 
 
@@ -923,7 +941,8 @@ def geometry(m, args):
 
     def scored(change):
         margins = m.margins(change=change, rows=some)[part]
-        return {"loss": float(m.loss(margins).mean()), "gain": float((margins - m.base[part]).mean() / (m.full - m.base)[part].mean())}
+        whole = (m.full - m.base)[part].mean()
+        return {"loss": float(m.loss(margins).mean()), "gain": float((margins - m.base[part]).mean() / whole) if whole else math.nan}
     for k in m.bar([r for r in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if r < D] + [D], "directions"):
         def project(basis):
             basis = basis[:, :k].to(m.sae.W_dec)      # noqa: B023
@@ -1085,8 +1104,11 @@ def analyze(run, **options):
          "choices": {"style": m.world.STYLE, "alignment": m.world.ALIGNMENT} if m.world else None, "sections": {}}
     if m.labels:
         a["labels"] = {"by": sorted({str(r.get("by")) for r in m.labels.values()}), **feature_labels.shares(m.labels, m.sae.d_sae)}
-    if args.only and out.exists() and all(read_json(out).get(k) == v for k, v in same.items()):
-        a["sections"] = read_json(out)["sections"]            # the others stay
+    if args.only and "rates" in wanted and not m.labels:
+        raise UserError("--only rates needs labels of this SAE: `python analyze.py --make-labels KIND` makes them, --labels names a file")
+    if out.exists() and all((old := read_json(out)).get(k) == v for k, v in {**same, "options": plain(a["options"])}.items()):
+        a["sections"] = old["sections"]            # what is not made again stays, also if this is interrupted
+    a |= {"verdict": report.verdict(a), "seconds": 0.0}
     for name in m.bar(wanted, "sections"):
         if name == "rates" and not m.labels:
             continue
@@ -1101,23 +1123,29 @@ def analyze(run, **options):
 OPTIONS = ("limit", "answers", "probe_answers", "max_new_tokens", "draws", "draw_pairs", "ledger_pairs", "steps", "dashboards", "batch_size", "adapter", "labels")
 
 
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
 def parser():
     out = argparse.ArgumentParser(prog="analyze.py", description="What does the policy reward? Analyses a run, or labels features, or calibrates the instruments on runs of the lab.")
     out.add_argument("run", nargs="*", help="a run's folder, such as runs/style-1 (several with --calibrate)")
     out.add_argument("--only", help=f"sections to compute, with commas between them: {', '.join(SECTIONS)} [all]; what analysis.json holds of the others stays")
     out.add_argument("--labels", help="label file [labels.jsonl beside the SAE]")
     out.add_argument("--adapter", help="FILE.py:ClassName of a run that was trained with one")
-    out.add_argument("--limit", type=int, help="held-out pairs [1000 on the lab, else 200]")
-    out.add_argument("--answers", type=int, help="prompts that are answered for the behaviour section [1000, else 64]")
-    out.add_argument("--probe-answers", type=int, help="prompts that are answered for the health of every mask and strength [200, else 32]")
-    out.add_argument("--max-new-tokens", type=int, help="longest answer [64, else 128]")
-    out.add_argument("--draws", type=int, default=99, help="random sets of each kind [99]")
-    out.add_argument("--draw-pairs", type=int, default=64, help="pairs that random sets are scored on [64]")
-    out.add_argument("--ledger-pairs", type=int, default=256, help="pairs of the feature ledger [256]")
-    out.add_argument("--steps", type=int, default=4, help="points of integrated gradients [4]")
-    out.add_argument("--dashboards", type=int, default=30, help="features with a dashboard [30]")
-    out.add_argument("--batch-size", type=int, help="pairs a forward pass [32, else 2]")
-    out.add_argument("--answer-batch", type=int, help="prompts answered at once [256, else 16]")
+    out.add_argument("--limit", type=positive, help="held-out pairs [1000 on the lab, else 200]")
+    out.add_argument("--answers", type=positive, help="prompts that are answered for the behaviour section [1000, else 64]")
+    out.add_argument("--probe-answers", type=positive, help="prompts that are answered for the health of every mask and strength [200, else 32]")
+    out.add_argument("--max-new-tokens", type=positive, help="longest answer [64, else 128]")
+    out.add_argument("--draws", type=positive, default=99, help="random sets of each kind [99]")
+    out.add_argument("--draw-pairs", type=positive, default=64, help="pairs that random sets are scored on [64]")
+    out.add_argument("--ledger-pairs", type=positive, default=256, help="pairs of the feature ledger [256]")
+    out.add_argument("--steps", type=positive, default=4, help="points of integrated gradients [4]")
+    out.add_argument("--dashboards", type=positive, default=30, help="features with a dashboard [30]")
+    out.add_argument("--batch-size", type=positive, help="pairs a forward pass [32, else 2]")
+    out.add_argument("--answer-batch", type=positive, help="prompts answered at once [256, else 16]")
     out.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto: the best there is")
     out.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float64"), help="of the frozen weights [as in training]")
     out.add_argument("--quiet", action="store_true", help="no progress bars")

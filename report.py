@@ -53,7 +53,7 @@ def verdict(a):
         if name != "both":
             control = x["matched"] if x["matched"]["claim"] else x["random"]
             kind = "other sets of the same usage" if x["matched"]["claim"] else "random sets of the same size"
-            lost, share = control["lost"], x["mask"]["share"]
+            lost, share = control["lost"], x["mask"]["part"]
             parts.append(f"without the {x['steered']} steered features labelled {name}, {percent(share)} is lost, {'more' if share['value'] > lost['high'] else 'no more'} than without {kind} "
                          f"({100 * lost['mean']:.0f}% [{100 * lost['low']:.0f}, {100 * lost['high']:.0f}])")
     second = "; ".join(parts) or "No labels were there to say more"
@@ -85,8 +85,8 @@ def summary(a):
         lines.append("\nCauses: share of the gain lost when masked | left when alone; random sets of the same size | of the same usage")
         for name, x in c["sets"].items():
             three = lambda k, w: f"{100 * x[k][w]['mean']:.0f}% [{100 * x[k][w]['low']:.0f}, {100 * x[k][w]['high']:.0f}]" if k == "random" or x[k]["claim"] else f"(match {x[k]['match']:.2f}: no claim)"      # noqa: E731, B023
-            lines.append(f"  {name:<9} ({x['steered']} features) lost {percent(x['mask']['share'])}, random {three('random', 'lost')}, matched {three('matched', 'lost')}"
-                         f" | left {percent(x['keep']['share'])}, random {three('random', 'left')}, matched {three('matched', 'left')}")
+            lines.append(f"  {name:<9} ({x['steered']} features) lost {percent(x['mask']['part'])}, random {three('random', 'lost')}, matched {three('matched', 'lost')}"
+                         f" | left {percent(x['keep']['part'])}, random {three('random', 'left')}, matched {three('matched', 'left')}")
     if x := s.get("ledger"):
         lines.append(f"\nLedger of the gain, nats a token: {interval(x['gain'], '{:+.4f}')}")
         lines += [f"  tokens    {name:<11} {interval(y, '{:+.4f}')}" + (f"   {percent(y['share'])}" if "share" in y else "") for name, y in x["tokens"].items()]
@@ -289,7 +289,7 @@ def forest(axis, rows, xlabel, k=100, zero=True):
 
 WORDS = {"parse": ("well-formed answers", ".1f", 100, "%"), "perplexity": ("base model’s perplexity of the answers", ".2f"), "repetition": ("repeated 4-grams", ".1f", 100, "%"),
          "markdown": ("answers with markdown", ".1f", 100, "%"), "non_ascii": ("characters beyond ASCII", ".2f", 100, "%"), "tokens": ("tokens an answer", ".1f"),
-         "words": ("words an answer", ".1f"), "lines": ("lines an answer", ".1f"), "distinct": ("distinct words, of all words", ".3f")}
+         "words": ("words an answer", ".1f"), "distinct": ("distinct words, of all words", ".3f")}
 
 
 def behaviour(a, s):
@@ -395,7 +395,7 @@ def causes(a, s):
     loss, accuracy = s["loss"], s["accuracy"]
     out = [tag("p", f"With all features, the policy’s gain is {said(s['gain'], '+.3f')} nats a token, its loss {num(loss['base']['value'])} → {num(loss['steered']['value'])}, "
                     f"its accuracy {pc(accuracy['base']['value'], '.1f')} → {pc(accuracy['steered']['value'], '.1f')}; {s['used']:,} features are steered at all.")]
-    out.append(masking(s) if s.get("sets") else unlabelled())
+    out.append(masking(s) if s.get("sets") else tag("p", s["silent"], class_="missing") if s.get("silent") else unlabelled())
     if p := s.get("per_feature"):
         errors = "; with ".join(f"{pc(float(e))} of each set exchanged at random it comes out from {num(x[0], '.2f')} to {num(x[1], '.2f')}" for e, x in p["errors"].items())
         out.append(table(["label", "loss added", "a labelled feature", "a steered feature"],
@@ -417,17 +417,22 @@ def masking(s):
 
     def panel(what):
         band = lambda x, c: (x[what]["low"], x[what]["high"], x[what]["mean"], c)      # noqa: E731
-        rows = [{"name": f"{n}\n({x['steered']})", "color": color(n), "x": x[ways[what][0]]["share"],
+        rows = [{"name": f"{n}\n({x['steered']})", "color": color(n), "x": x[ways[what][0]]["part"],
                  "bands": [(*band(x["random"], "band"), ""), (*band(x["matched"], "base"), unfit(x["matched"]))]} for n, x in s["sets"].items()]
         return ways[what][1], lambda axis: forest(axis, rows, "share of the gain, %"), (4.3, .7 + .75 * len(rows))
     rows = []
     for n, x in s["sets"].items():
         for what, (do, _, word) in ways.items():
-            rows.append([f"{n}: {word}", f"{x['steered']} of {x['labelled']}", pc(x["usage"]), share(x[do]["share"]), share(x["random"][what]), num(x["random"].get(f"p_{what}"), ".2f"),
+            rows.append([f"{n}: {word}", f"{x['steered']} of {x['labelled']}", pc(x["usage"]), share(x[do]["share"]), share(x[do]["part"]), share(x["random"][what]), num(x["random"].get(f"p_{what}"), ".2f"),
                          control(x["matched"], what), num(x["matched"].get(f"p_{what}"), ".2f") if x["matched"]["claim"] else "–",
                          num(x[do]["loss"]["value"]), pc(x[do]["accuracy"]["value"], ".1f"), *sound(x[do]["health"]).values()])
-    numbers = table(["set", "steered, of labelled", "share of usage", "share of the gain", "random sets", "p", "matched sets", "p", "loss", "accuracy", *sound(s["health"]["steered"])], rows,
-                    f"p: share of the control sets that do at least as much, on {s['draw_pairs']} pairs. Loss, accuracy and text are those of the policy that is left.")
+        for kind in ("random", "matched"):
+            if kind == "random" or x["matched"]["claim"]:
+                c = x[kind]
+                rows.append([f"{n}: {'as many at random' if kind == 'random' else 'as much used'}, masked", num(c["size"], ".0f"), "–", "–", "–", share(c["lost"]), "–", "–", "–", num(c["loss"]["mean"]), pc(c["accuracy"]["mean"], ".1f"), *sound(c["health"]).values()])
+    numbers = table(["set", "steered, of labelled", "share of usage", "share of the gain", f"on the {s['draw_pairs']} pairs", "random sets", "p", "matched sets", "p", "loss", "accuracy", *sound(s["health"]["steered"])], rows,
+                    f"Controls are scored on {s['draw_pairs']} of the pairs, and compared with the set's own share there. p: share of the control sets that do at least as much. Loss, accuracy and text are those "
+                    "of the policy that is left; in the rows of random sets they are means, the text's of three sets.")
     return figure("causes", f"Share of the gain that goes with a set of features (in brackets how many are steered) and its interval. Controls, {s['draws']} of each, as the band of 95% with the mean: sets of "
                   "the same size drawn from all steered features, and sets outside the label that are used as much. Where nothing like that is left to draw (match below 0.8), no claim is made and "
                   "the band is pale.", [panel("lost"), panel("left")], numbers, key("style", "alignment", "both", "random", "matched"))

@@ -131,10 +131,37 @@ def test_rates_on_paper():
     out = analyze.rates(m, ARGS)
     for region in analyze.REGIONS:
         style, alignment = (out["regions"][region][label] for label in feature_labels.LABELS)
-        assert style["steering"]["value"] == .5 and style["sae"]["value"] == 0 and alignment["sae"]["value"] == 1
+        assert style["steering"]["value"] == .5 and style["sae"]["value"] == 0 and alignment["sae"]["value"] == 1 and math.isnan(style["p"])      # from nothing to something
         assert alignment["steering"]["value"] == .5 and alignment["change"]["value"] == pytest.approx(-.5)
     assert out["theory"] == {"style": .5, "alignment": .5} and out["mass"]["style"] == pytest.approx(2 / 3)
     assert analyze.usage(m, ARGS)["regions"]["chosen"]["steering"]["l0"]["value"] == 3
+
+
+def test_rates_compare_the_same_tokens():
+    """Feature 1 fires with 0 where the policy steers; elsewhere 0 fires alone. Averaged over tokens of its own, the SAE's share of 1 would be far below 1/2."""
+    m = paper({"style": [1], "alignment": [0], "known": [0, 1, 2]})
+    for r in m.rows:
+        v, f = torch.zeros(len(r.row), 3, dtype=torch.float64), torch.zeros(len(r.row), 3, dtype=torch.float64)
+        f[:, 0] = 1
+        last = r.branch == 1
+        v[last, 1], f[last, 1] = 1.0, 1.0
+        r.v, r.f = analyze.Sparse.of(v), analyze.Sparse.of(f)
+    out = analyze.rates(m, ARGS)
+    assert set(out["regions"]) == {"chosen"} and out["regions"]["chosen"]["style"]["sae"]["value"] == .5
+    assert out["regions"]["chosen"]["style"]["change"]["value"] == pytest.approx(1) and out["regions"]["chosen"]["alignment"]["change"]["value"] == pytest.approx(-1)
+
+
+def test_a_policy_that_does_nothing_has_no_shares(monkeypatch):
+    m = paper({"style": [1], "alignment": [0], "known": [0, 1, 2]})
+    m.steering.strength = 0.0
+    m = Material(m.run, m.pairs, {}, None, batch_size=5, progress=False)
+    m.labels, m.groups = None, {"style": torch.tensor([False, True, False]), "alignment": torch.tensor([True, False, False]), "known": torch.ones(3, dtype=torch.bool)}
+    monkeypatch.setattr(analyze, "health", lambda *a, **k: ({"parse": 1.0}, []))
+    out = analyze.causes(m, ARGS)
+    assert out["sets"] == {} and "no share" in out["silent"] and out["gain"]["value"] == 0
+    ledger = analyze.ledger(m, ARGS)
+    assert ledger["chance"] == {} and "share" not in ledger["groups"]["style"]["total"] and ledger["features"] == []
+    assert analyze.rates(m, ARGS)["regions"] == {} and analyze.geometry(m, ARGS)["participation"] == 0
 
 
 def test_geometry_on_paper():
@@ -241,6 +268,19 @@ def rounded(x):
     return [rounded(v) for v in x] if isinstance(x, (list, tuple)) else round(float(x), 6) + 0.0 if isinstance(x, (float, np.floating)) else x
 
 
+def test_parts_of_the_pairs():
+    m = small(batch_size=4, pairs=some_pairs([(3 + i % 4, 4 + i % 5, 2 + i % 6) for i in range(50)]))
+    some = m.some(24)
+    index = np.sort(np.concatenate([r.index for r in some]))
+    assert len(index) == 24 and np.ptp(np.diff(index)) <= 1                                       # evenly spaced
+    part = m.margins(rows=some)
+    assert np.allclose(part[index], m.full[index]) and np.isnan(part).sum() == 26
+    few = np.full(50, np.nan)
+    few[:3] = 1, 2, 3
+    assert m.mean(few)["value"] == 2 and math.isnan(m.mean(few)["low"]) and not analyze.apart(m.mean(few)) and math.isnan(m.mean(np.full(50, np.nan))["value"])
+    assert analyze.apart({"low": 1, "high": 2}) and not analyze.apart({"low": 1, "high": 2, "facts_low": -1, "facts_high": 3})
+
+
 def test_matched_sets():
     rng, mass = np.random.default_rng(0), np.concatenate([np.linspace(1, 2, 20), np.linspace(1, 2, 40), [100.0]])
     named, pool = np.arange(20), np.arange(20, 60)
@@ -258,15 +298,16 @@ def test_text_statistics_by_hand():
     t = analyze.text_statistics(["a b c d a b c d", "# One\ntwo é"])
     # 5 + 1 four-grams, abcd twice; 4 + 4 distinct words of 12
     assert t["words"] == 6 and t["repetition"] == 1 / 6 and t["distinct"] == 8 / 12 and t["markdown"] == .5 and t["non_ascii"] == 1 / 26
-    base = {"parse": .98, "repetition": 0.0, "non_ascii": 0.0, "perplexity": 2.0}
+    assert [analyze.text_statistics([a])["markdown"] for a in ("### Sum", "2. x", "a\n  - b", "`x`", "3 - 2", "#x")] == [1, 1, 1, 0, 0, 0]
+    base = {"parse": .98, "repetition": 0.0, "non_ascii": 0.0, "perplexity": 2.0, "words": 10.0}
     assert analyze.alarms(base, base | {"kl": .01}) == []
-    assert len(analyze.alarms(base, {"parse": .9, "repetition": .2, "non_ascii": .1, "perplexity": 4.0, "kl": 1.0})) == 5
+    assert len(analyze.alarms(base, {"parse": .9, "repetition": .2, "non_ascii": .1, "perplexity": 4.0, "kl": 1.0, "words": 2.0})) == 6
 
 
 @pytest.mark.parametrize("text, before, expected", [
     ("**", "a ", "markdown"), ("#", "", "heading"), ("#", "see ", "punctuation"), ("-", "One:\n", "list marker"), ("-", "well", "punctuation"), ("1", "", "list marker"),
     (".", "\n1", "list marker"), (".", "So it is", "punctuation"), ("Sure", "", "opener"), ("sure", "I am not quite", "rest"), (" cannot", "I", "refusal"), (" perhaps", "It is", "hedge"),
-    ("\n\n", "One.", "punctuation"), (" river", "The", "rest")])
+    ("\n\n", "One.", "punctuation"), ("1984", "", "rest"), ("0", "\n1", "list marker"), ("t", "I can'", "refusal"), ("<end_of_turn>", "x", "end"), (" river", "The", "rest")])
 def test_rules(text, before, expected):
     assert analyze.rule(text, before) == expected
 
@@ -291,7 +332,7 @@ def test_shares_of_choices_are_the_chain_rule(lab):
 
 # ---- the lab and the command -------------------------------------------------------------------------------------------------
 
-SMALL = ["--limit", "60", "--answers", "12", "--probe-answers", "8", "--draws", "2", "--draw-pairs", "30", "--ledger-pairs", "30", "--dashboards", "3", "--quiet"]
+SMALL = ["--limit", "60", "--answers", "12", "--probe-answers", "4", "--max-new-tokens", "24", "--draws", "2", "--draw-pairs", "30", "--ledger-pairs", "30", "--dashboards", "3", "--quiet"]
 
 
 def test_the_command(lab, capsys):
@@ -324,6 +365,8 @@ def test_without_labels_and_on_any_model(lab, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(feature_labels, "default_path", lambda sae: tmp_path / "none.jsonl")
     monkeypatch.setattr(simpo, "judge_of", lambda source: ({}, None))
     a = analyze.analyze(lab.folder, limit=40, answers=4, probe_answers=4, draws=2, draw_pairs=20, ledger_pairs=20, dashboards=2, max_new_tokens=20, batch_size=8, quiet=True)
+    with pytest.raises(UserError, match="--only rates needs labels"):
+        analyze.analyze(lab.folder, only="rates", limit=40, quiet=True)
     assert "rates" not in a["sections"] and not a["sections"]["causes"]["sets"] and set(a["sections"]["ledger"]["tokens"]) == set(analyze.RULES)
     assert a["sections"]["ledger"]["tokens_error"] < 1e-4 and "parse" not in a["sections"]["behaviour"]["greedy"]["base"]
     (lab.folder / "analysis.json").unlink()
@@ -343,6 +386,8 @@ def test_users_mistakes(lab, tmp_path, capsys):
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"index": 0, "labels": [], "description": "", "by": "me", "sae": "0" * 16}) + "\n")
     assert "labels of another SAE" in said(lab.folder, "--labels", other)
+    for flag in ("--draws", "--steps", "--answers", "--limit", "--batch-size"):
+        assert analyze.main([str(lab.folder), flag, "0"]) == 2 and f"{flag}: 0 is not a whole number above 0" in capsys.readouterr().err
     assert "no such label file" in said(lab.folder, "--labels", tmp_path / "none.jsonl")
     assert not (lab.folder / "analysis.json").exists() or json.loads((lab.folder / "analysis.json").read_text(encoding="utf-8"))
 

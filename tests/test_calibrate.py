@@ -7,7 +7,6 @@ import torch
 
 import analyze
 import labels as feature_labels
-import simpo
 from common import ROOT
 from gemma import UserError
 from tiny import calibrate, features, measure, world
@@ -31,6 +30,17 @@ def test_half_of_the_mass():
     assert features.labelled(mass) == (["style"], [])
 
 
+def test_chance_gets_no_label():
+    """Ten effects of noise: one in a hundred is labelled, where "beyond two standard deviations" alone would label every third. A real effect is."""
+    g = torch.Generator().manual_seed(5)
+    chance, noise = (torch.randn(n, 10, generator=g, dtype=torch.float64) * torch.arange(1, 11) for n in (256, 2000))
+    named = [bool(features.labelled(x)[0]) for x in features.excess(noise, chance)]
+    assert np.mean(named) < .03 and ((noise / chance.std(0)).abs() > 2).any(1).double().mean() > .3
+    real = torch.zeros(1, 10, dtype=torch.float64)
+    real[0, world.CHOICES.index("bold")] = 6 * (1 + world.CHOICES.index("bold"))
+    assert features.labelled(features.excess(real, chance)[0]) == (["style"], ["bold"])
+
+
 def test_moves_in_one_row_are_moves_one_by_one(lab):
     """features.log_odds against whole passes with an edit at the last token, and against the probabilities of measure.py."""
     model, sae = lab.run.model, lab.run.sae
@@ -49,7 +59,7 @@ def test_moves_in_one_row_are_moves_one_by_one(lab):
                 return h
             edit.positions = "all"
             with torch.no_grad():
-                p = model.logits(model(torch.tensor([ids]), edits={sae.layer: edit})[0, -1]).double().softmax(-1)
+                p = model.logits(model(torch.tensor([ids]), edits={sae.layer: edit})[0, -1:])[0].double().softmax(-1)
             on, off = p[yes].sum(), 1 - p[gone + yes].sum()
             assert odds[k].item() == pytest.approx((on / off).log().item(), abs=1e-4)
     # the base model's rate of "heading" at its first deciding position is the one measure.py reads off the pair's row
@@ -66,8 +76,7 @@ def test_committed_labels_are_the_lab_s(lab):
     writes, reads = (feature_labels.read_labels(folder / name, lab.run.sae) for name in ("labels.jsonl", "labels_reads.jsonl"))
     assert len(writes) == len(reads) == lab.run.sae.d_sae and {r["by"] for r in writes.values()} == {"lab, writes"}
     pairs = features.label_pairs(lab.tokenizer)
-    states = torch.cat([simpo.prefix(lab.run.model, batch, lab.run.sae.layer)[batch.branch > 0] for _, batch in simpo.batches(pairs[:64], 64)])
-    push = features.PUSH * states.norm(dim=-1).median()
+    push = features.push_of(lab.run.model, lab.run.sae, pairs)
     some = [0, 100, 1023]
     unit = torch.nn.functional.normalize(lab.run.sae.W_dec[some], dim=-1) * push
     for name, places in features.deciding(lab.tokenizer, pairs, features.EACH).items():

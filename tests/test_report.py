@@ -23,13 +23,13 @@ def value(x, wide=.1, **more):
 
 def made_up(text="plain", choices=("heading", "truth")):
     """An analysis of the lab with every section; `text` stands wherever data brings text."""
-    sound = {"words": 9.0, "repetition": .01, "distinct": .1, "markdown": .5, "non_ascii": 0.0, "lines": 2.0, "tokens": 14.0, "perplexity": 1.6, "parse": .98}
+    sound = {"words": 9.0, "repetition": .01, "distinct": .1, "markdown": .5, "non_ascii": 0.0, "tokens": 14.0, "perplexity": 1.6, "parse": .98}
     choice = lambda w: {"base": .3, "steered": .7, "change": value(.4, .05), "weight": w}      # noqa: E731
     answers = {"base": sound, "steered": {**sound, "kl": .02}, "alarms": [], "choices": {c: choice(w) for c, w in zip(choices, (2.5, None), strict=True)}}
     even = {"l0": value(12.0), "used": 60, "events": 900.0, "rank": [1, 2, 60], "curve": [.4, .3, .001], "slope": -.01, "top1": .2, "top10": .6, "gini_used": .7, "gini_all": .8}
     rate = {"steering": value(.7), "sae": value(.5), "change": value(.4), "steering_per_pair": value(.7), "sae_per_pair": value(.5), "shuffled": [-.3, .3], "p": .01}
-    part = {"share": value(.8), "loss": value(3.5), "accuracy": value(.7), "part": .8, "health": sound}
-    drawn = {"lost": {"mean": .3, "low": .1, "high": .5}, "left": {"mean": .3, "low": .1, "high": .5}, "size": 20.0, "overlap": .3, "match": 1.0, "p_lost": .01, "p_left": .01, "claim": True}
+    part = {"share": value(.8), "loss": value(3.5), "accuracy": value(.7), "part": value(.8), "health": sound}
+    drawn = {"lost": {"mean": .3, "low": .1, "high": .5}, "left": {"mean": .3, "low": .1, "high": .5}, "loss": {"mean": 3.5, "low": 3.1, "high": 4.0}, "accuracy": {"mean": .6, "low": .5, "high": .7}, "health": sound, "size": 20.0, "overlap": .3, "match": 1.0, "p_lost": .01, "p_left": .01, "claim": True}
     cause = {"labelled": 30, "steered": 20, "usage": .6, "mask": part, "keep": part, "random": drawn, "matched": {**drawn, "match": .4, "claim": False}}
     added = {"added": 1.0, "a_labelled_feature": .01, "a_steered_feature": .02}
     line = [{"token": t, "v": v, "f": f} for t, v, f in ((" a", 0.0, 0.0), (text, -1.0, 2.0), ("\n", .5, 0.0), ("\x03", 0.0, 1.0))]
@@ -212,6 +212,12 @@ def test_everything_is_escaped(tmp_path):
 
 def test_nothing_comes_from_the_network(whole):
     assert "http" not in whole and "@import" not in whole and not re.search(r'url\((?!#)|\ssrc=|<link|<script', whole)
+
+
+def test_no_share_of_nothing(tmp_path, undrawn):
+    a = made_up()
+    a["sections"]["causes"] |= {"sets": {}, "silent": "The gain cannot be told from 0 at all."}
+    assert "The gain cannot be told from 0 at all." in page(a, tmp_path)
 
 
 def test_alarms_are_red(tmp_path, undrawn):
