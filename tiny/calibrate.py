@@ -286,16 +286,17 @@ WHAT = {"tokens": "The ledger by token", "features": "The ledger by feature", "m
 
 
 def sentences(data):
-    """What the tables say, in words: each instrument on the two worlds that it was made on, and on new weights."""
+    """What the tables say, in words: each instrument on style, honest and null, where its threshold was fixed, and on new weights. The word is for
+    F1 of naming what moved (.8 and above, .5 and above, below, or more named wrongly than rightly); ranks and shares are those of style and honest, since coins move nothing."""
     of = lambda *kinds: [agreement(p) for p in data["policies"].values() if p["kind"] in kinds]      # noqa: E731
-    known, new, null, out = of("style", "honest"), of("new world"), of("null"), []
+    known, new, null, out = of("style", "honest", "null"), of("new world"), of("null"), []
 
     def how(some, name):
-        rank = float(np.mean([x[name]["spearman"] for x in some if np.isfinite(x[name]["spearman"])] or [np.nan]))
+        rank = float(np.mean([x[name]["spearman"] for x in some if x not in null and np.isfinite(x[name]["spearman"])] or [np.nan]))
         found, moved, false = (sum(x[name][k] for x in some) / max(1, len(some)) for k in ("hits", "moved", "false"))
-        share = np.mean([abs(x[name]["style_share"] - x["behaviour"]["style_share"]) for x in some if x[name]["style_share"] is not None] or [np.nan])
-        score = 2 * found / max(1e-9, 2 * found + false + moved - found)                # F1 of naming what moved
-        return score, f"rank correlation {rank:.2f}, {found:.1f} of {moved:.1f} moved choices found, {false:.1f} named wrongly, style share off by {share:.2f}"
+        share = np.mean([abs(x[name]["style_share"] - x["behaviour"]["style_share"]) for x in some if x not in null and x[name]["style_share"] is not None] or [np.nan])
+        score = 2 * found / max(1e-9, 2 * found + false + moved - found) if found > false else 0.0                # F1 of naming what moved
+        return score, f"{found:.1f} of {moved:.1f} moved choices found and {false:.1f} named wrongly, rank correlation {rank:.2f}, share of style off by {share:.2f}"
     for name in INSTRUMENTS:
         if known:
             score, said = how(known, name)
