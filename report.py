@@ -484,7 +484,7 @@ def nats(x):
 def ledger_tokens(a, s):
     groups = s.get("token_groups", {})
     rows = [{"name": n, "color": color(n) if a.get("lab") else "other", "x": x, "bar": True} for n, x in s["tokens"].items()]
-    numbers = table(["tokens", "nats a token", "share of the gain"], [[n, *nats(x)] for n, x in s["tokens"].items()] + [[tag("b", f"all {n} choices"), *nats(x)] for n, x in groups.items()],
+    numbers = table(["tokens", "nats a token", "share of the gain"], [[n, *nats(x)] for n, x in s["tokens"].items()] + [[tag("b", f"all {n}"), *nats(x)] for n, x in groups.items()],
                     f"The entries add up to the gain but for {num(s.get('tokens_error'), '.1e')} of it, which is rounding.")
     kinds = ("by what the token settles: one of the planted choices, a fact’s value, or mere form; exact, since the lab’s grammar is known" if a.get("lab") else
              "by kind of token: the first of a few rules on its text that fits")
@@ -620,8 +620,10 @@ def calibrated(x):
     if not x:
         return absent("No calibration is part of this report:", "--calibrate RUNS", "makes one on runs of the lab.")
     cell = lambda c: "–" if c is None else num(c, ".3g") if isinstance(c, float) else c      # noqa: E731
-    return join([*(tag("p", text) for text in x.get("sentences", [])), *(
-        join([tag("h3", t.get("title", "")), table(t["head"], [[cell(c) for c in row] for row in t["rows"]], t.get("note", ""))]) for t in x.get("tables", []))])
+    code = lambda text: Html(re.sub(r"`([^`]*)`", r"<code>\1</code>", esc(text)))      # noqa: E731
+    numbers = lambda t: table(t["head"], [[cell(c) for c in row] for row in t["rows"]], code(t.get("note", "")))      # noqa: E731
+    return join([tag("ul", *(tag("li", code(text)) for text in x.get("sentences", []))),
+                 *(join([tag("h3", t["title"]), numbers(t)]) if t.get("first") else fold(t["title"], numbers(t)) for t in x.get("tables", []))])
 
 
 def made(a):

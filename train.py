@@ -381,7 +381,8 @@ def train(config):
     examples(model, tokenizer, held, steering)
     flag = f" --adapter {config.adapter}" if config.adapter else ""
     print(f"\n{seconds:.0f} s. The run lies in {folder}. Next: ask it something (the lab's model knows its own world only), such as\n"
-          f'    python fsrl.py {folder}{flag} --prompt "{held[-1].text.splitlines()[0][:80]}"')
+          f'    python fsrl.py {folder}{flag} --prompt "{held[-1].text.splitlines()[0][:80]}"\n'
+          f"or see what it rewards:\n    python analyze.py {folder}{flag}")
     return {"base": base, "trained": trained, "run": str(folder)}
 
 
