@@ -302,7 +302,7 @@ def calibrated():
     data = json.loads((HERE.parent / "tiny/calibration.json").read_text(encoding="utf-8"))
     table = lambda t: markdown(t["head"], t["rows"]) + "\n\n" + t["note"]      # noqa: E731
     said = "\n".join(f"* {sentence}" for sentence in data["sentences"])
-    return {"calibration": "\n\n".join([table(t) for t in data["tables"] if t.get("first")] + [said, f"({data['made']}.)"]) + "\n",
+    return {"calibration": "\n\n".join([f"**{t['title']}**\n\n{table(t)}" for t in data["tables"] if t.get("first")] + [said, f"({data['made']}.)"]) + "\n",
             "calibrations": "\n\n".join(f"### {t['title']}\n\n{table(t)}" for t in data["tables"]) + f"\n\n({data['made']}. Command: `{data['command']}`.)\n"}
 
 

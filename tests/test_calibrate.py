@@ -137,8 +137,9 @@ def test_the_command_resumes(lab, tmp_path, monkeypatch, capsys):
 def test_committed_calibration_is_what_its_policies_say():
     """Tables and sentences of tiny/calibration.json are made from its policies alone."""
     data = json.loads((ROOT / "tiny" / "calibration.json").read_text(encoding="utf-8"))
-    assert json.loads(json.dumps(analyze.plain(calibrate.tables(data)))) == data["tables"]
-    assert data["threshold"] == calibrate.THRESHOLD and data["sentences"]
+    assert json.loads(json.dumps(analyze.plain(calibrate.tables(data)))) == data["tables"] and calibrate.sentences(data) == data["sentences"]
+    assert analyze.plain(calibrate.label_agreement()) == data["labels"]
+    assert data["threshold"] == calibrate.THRESHOLD
 
 
 def test_only_the_lab_is_labelled_by_the_lab(lab):

@@ -267,13 +267,18 @@ def tables(data):
                         f"Thresholds: " + ", ".join(f"{i} {THRESHOLD[i]}" for i in INSTRUMENTS) + ". An instrument that gives shares says nothing where the gain cannot be told from 0."})
     out.append({"title": "How much of it is style?", "first": True, "head": ["policy", "behaviour", *INSTRUMENTS],
                 "rows": [[k, mean_sd([x["behaviour"]["style_share"] for x in b[k]]), *(mean_sd([x[i]["style_share"] for x in b[k]]) for i in INSTRUMENTS)] for k in order],
-                "note": "|style| / (|style| + |alignment|), of the summed changes of log-odds on the probe and of what each instrument gives to the two groups."})
+                "note": "Share of style in style and alignment together: of the summed sizes of the changes of log-odds on the probe, and of what each instrument gives to the two groups."})
     cross = [[f"{k} policy on {pairs} pairs", *(mean_sd(of(k, lambda p: value_of(p["instruments"][pairs if pairs != k else "own"]["tokens"][g])), "{:.2f}") for g in GROUPS),      # noqa: B023
               *(mean_sd(of(k, lambda p: value_of(p["instruments"][pairs if pairs != k else "own"]["masking"][g])), "{:.2f}") for g in GROUPS),      # noqa: B023
               mean_sd(of(k, lambda p: p["instruments"][pairs if pairs != k else "own"]["gain"]["value"]), "{:+.3f}")]      # noqa: B023
              for k in ("style", "honest") if k in kinds for pairs in ("style", "honest")]
     out.append({"title": "The cross: each policy on each world's pairs", "head": ["", "tokens: style", "tokens: alignment", "masking style", "masking alignment", "gain, nats a token"], "rows": cross,
                 "note": "Shares of the gain on tokens that settle a choice of the group, and shares lost when its features are masked."})
+    if agree := data.get("labels"):
+        out.append({"title": "Does what a feature reads say what it writes?", "first": True, "head": ["label", "features", "both", "reads only", "writes only", "neither", "precision", "recall", "MCC (95%)"],
+                    "rows": [[name, x["both"], x["confusion"][0][0], x["confusion"][0][1], x["confusion"][1][0], x["confusion"][1][1], f"{x['precision']:.2f}", f"{x['recall']:.2f}", f"{x['mcc']:+.2f} ({x['mcc_low']:+.2f} to {x['mcc_high']:+.2f})"]
+                             for name, x in agree.items()],
+                    "note": "The lab's two label files, what features write as the reference. Descriptions of what a feature fires on, such as Neuronpedia's, are labels of the first kind."})
     three = [k for k in ("style", "honest", "null") if k in kinds]
     choices = [[c, *(cell for k in three for cell in (mean_sd(of(k, lambda p: p["probe"][c]["value"]), "{:+.2f}"), mean_sd(of(k, lambda p: value_of(p["instruments"]["own"]["tokens"][c])), "{:+.2f}"),      # noqa: B023
                                                          mean_sd(of(k, lambda p: p["instruments"]["own"]["writes"][c]), "{:+.2f}")))] for c in world.CHOICES]      # noqa: B023
@@ -283,6 +288,14 @@ def tables(data):
 
 
 WHAT = {"tokens": "The ledger by token", "features": "The ledger by feature", "masking": "Masking labelled features", "rates": "The label rates of the paper's table", "writes": "Steering times what features write"}
+
+
+def label_agreement():
+    """The lab's labels by what features read against those by what they write. -> {label: labels.agreement}"""
+    sae = load_sae(HERE / "sae")
+    writes = feature_labels.default_path(sae)
+    both = [feature_labels.read_labels(path, sae) for path in (writes, writes.with_name("labels_reads.jsonl"))]
+    return {label: feature_labels.agreement(*both, label) for label in feature_labels.LABELS}
 
 
 def sentences(data):
@@ -337,6 +350,7 @@ def calibrate(args):
             measured = analyze.plain(policy(folder, args))
             data["policies"] = {k: p for k, p in data["policies"].items() if p["run"] != folder.name} | {identity(folder): measured}       # what other labels gave goes
             keep()
+    data["labels"] = label_agreement()
     data |= {"tables": tables(data), "sentences": sentences(data), "threshold": THRESHOLD, "made": f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, torch {torch.__version__}",
              "command": "python analyze.py --calibrate runs/results/* --adapter docs/controls.py:Constant"}
     keep()
