@@ -26,6 +26,6 @@ def lab(tmp_path_factory):
     import train
     root = tmp_path_factory.mktemp("runs")
     for seed, name in enumerate(("one", "two")):
-        assert train.main(["--steps", "40", "--lr", "0.01", "--eval-pairs", "4", "--train-pairs", "200", "--runs", str(root), "--run", name, "--seed", str(seed)]) == 0
+        assert train.main(["--steps", "25", "--lr", "0.02", "--eval-pairs", "4", "--train-pairs", "200", "--runs", str(root), "--run", name, "--seed", str(seed)]) == 0
     run = fsrl.load_run(root / "one")
     return SimpleNamespace(folder=root / "one", root=root, run=run, tokenizer=run.tokenizer)

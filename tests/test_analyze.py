@@ -1,6 +1,7 @@
 """analyze.py: statistics worked out by hand, ledgers that add up, masks that are exact, intervals that cover, and the command."""
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -332,10 +333,10 @@ def test_shares_of_choices_are_the_chain_rule(lab):
 
 # ---- the lab and the command -------------------------------------------------------------------------------------------------
 
-SMALL = ["--limit", "60", "--answers", "12", "--probe-answers", "4", "--max-new-tokens", "24", "--draws", "2", "--draw-pairs", "30", "--ledger-pairs", "30", "--dashboards", "3", "--quiet"]
+SMALL = ["--limit", "60", "--answers", "12", "--probe-answers", "4", "--max-new-tokens", "8", "--draws", "2", "--draw-pairs", "30", "--ledger-pairs", "30", "--dashboards", "3", "--quiet"]
 
 
-def test_the_command(lab, capsys):
+def test_the_command(lab, capsys, monkeypatch):
     assert analyze.main([str(lab.folder), *SMALL]) == 0
     out = capsys.readouterr().out
     a = json.loads((lab.folder / "analysis.json").read_text(encoding="utf-8"))
@@ -350,7 +351,8 @@ def test_the_command(lab, capsys):
         assert moved == pytest.approx(pair["steered"] - pair["base"], abs=1e-5)
     one = a["sections"]["causes"]["strength"]
     assert one[0]["strength"] == 0 and one[0]["accuracy"]["value"] == pytest.approx(np.mean([x > 0 for x in bases(lab)]), abs=.05)
-    # --only keeps the other sections
+    # --only keeps the other sections; without matplotlib there are tables, which also is faster
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert analyze.main([str(lab.folder), *SMALL, "--only", "geometry"]) == 0
     assert json.loads((lab.folder / "analysis.json").read_text(encoding="utf-8"))["sections"]["ledger"] == ledger
 
@@ -364,7 +366,7 @@ def test_without_labels_and_on_any_model(lab, tmp_path, monkeypatch, capsys):
     """No labels: everything that needs none. No judge: rules instead of the grammar."""
     monkeypatch.setattr(feature_labels, "default_path", lambda sae: tmp_path / "none.jsonl")
     monkeypatch.setattr(simpo, "judge_of", lambda source: ({}, None))
-    a = analyze.analyze(lab.folder, limit=40, answers=4, probe_answers=4, draws=2, draw_pairs=20, ledger_pairs=20, dashboards=2, max_new_tokens=20, batch_size=8, quiet=True)
+    a = analyze.analyze(lab.folder, limit=40, answers=4, probe_answers=4, draws=2, draw_pairs=20, ledger_pairs=20, dashboards=2, max_new_tokens=8, steps=2, batch_size=8, quiet=True)
     with pytest.raises(UserError, match="--only rates needs labels"):
         analyze.analyze(lab.folder, only="rates", limit=40, quiet=True)
     assert "rates" not in a["sections"] and not a["sections"]["causes"]["sets"] and set(a["sections"]["ledger"]["tokens"]) == set(analyze.RULES)

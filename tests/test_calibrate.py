@@ -119,6 +119,7 @@ def test_the_command_resumes(lab, tmp_path, monkeypatch, capsys):
     for name, value in {"PAIRS": 40, "LEDGER": 20, "ANSWERS": 1}.items():
         monkeypatch.setattr(calibrate, name, value)
     monkeypatch.setattr(world, "split", lambda name, real=world.split: {k: q[:16] for k, q in real(name).items()})
+    monkeypatch.setattr(measure, "read_probe", lambda tokenizer, real=measure.read_probe: {c: pairs[:20] for c, pairs in real(tokenizer).items()})
     file = tmp_path / "calibration.json"
     assert analyze.main(["--calibrate", str(lab.root / "one"), "--out", str(file), "--quiet"]) == 0
     data = json.loads(file.read_text(encoding="utf-8"))
@@ -127,8 +128,7 @@ def test_the_command_resumes(lab, tmp_path, monkeypatch, capsys):
     tokens = p["instruments"]["own"]["tokens"]
     assert sum(tokens[c]["value"] for c in world.STYLE) == pytest.approx(tokens["style"]["value"])
     assert "Do the instruments rank the choices" in capsys.readouterr().out
-    again = calibrate.policy
-    monkeypatch.setattr(calibrate, "policy", lambda folder, args: pytest.fail("made twice") if folder.name == "one" else again(folder, args))
+    monkeypatch.setattr(calibrate, "policy", lambda folder, args: pytest.fail("made twice") if folder.name == "one" else {**p, "run": folder.name})
     assert analyze.main(["--calibrate", str(lab.root / "one"), str(lab.root / "two"), "--out", str(file), "--quiet"]) == 0
     assert len(json.loads(file.read_text(encoding="utf-8"))["policies"]) == 2
     assert analyze.main(["--calibrate", "--quiet"]) == 2 and analyze.main(["--calibrate", str(tmp_path), "--quiet"]) == 2

@@ -69,6 +69,16 @@ def test_training_commands_run(command, tmp_path, capsys):
         assert "The run lies in" in capsys.readouterr().out
 
 
+def test_analysis_commands_are_understood():
+    """Their options exist and fit; tests/test_analyze.py, test_labels.py and test_calibrate.py run them."""
+    import analyze
+    listed = re.findall(r"^    (python analyze.py [^#\n]+?)(?: &&.*| *#.*)?$", README.replace("\\\n", " "), re.M)
+    commands = [shlex.split(c)[2:] for c in COMMANDS + listed if c.startswith("python analyze.py")]
+    assert len(commands) > 6
+    for args in commands:
+        analyze.parser().parse_args(args)
+
+
 def test_talking_commands_run(tmp_path, capsys):
     assert train.main([*SMALL, "--runs", str(tmp_path), "--run", "style-1"]) == 0
     commands = [shlex.split(c) for c in COMMANDS if c.startswith("python fsrl.py") and "--adapter" not in c]
