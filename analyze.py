@@ -176,8 +176,8 @@ class Material:
         self.base, self.full = self.margins(torch.zeros(self.sae.d_sae)), self.margins()
 
     @torch.no_grad()
-    def _rows(self, index, batch):
-        h, where = simpo.prefix(self.model, batch, self.sae.layer), batch.where(self.steering.positions)
+    def _rows(self, index, batch, h=None):
+        h, where = simpo.prefix(self.model, batch, self.sae.layer) if h is None else h, batch.where(self.steering.positions)
         x = h[where]
         return Rows(index, batch, h, where, Sparse.of(self.steering.features(x)), Sparse.of(self.sae.encode(x)), where.nonzero()[:, 0], batch.branch[where])
 
@@ -220,7 +220,11 @@ class Material:
         n = min(len(self.pairs), max(pairs, 2 * FEWEST))
         if n not in self.parts:
             index = np.linspace(0, len(self.pairs) - 1, n).round().astype(int).tolist()
-            self.parts[n] = [self._rows([index[k] for k in some], batch.to(self.model.device)) for some, batch in simpo.batches([self.pairs[i] for i in index], self.batch_size)]
+            kept, self.parts[n] = {i: row for r in self.rows for i, row in zip(r.index, r.h)}, []
+            for some, batch in simpo.batches([self.pairs[i] for i in index], self.batch_size):
+                some, T = [index[k] for k in some], batch.ids.shape[1]
+                h = torch.stack([F.pad(kept[i][:T], (0, 0, 0, T - min(T, len(kept[i])))) for i in some])       # computed once for all sections
+                self.parts[n].append(self._rows(some, batch.to(self.model.device), h))
         return self.parts[n]
 
     def mean(self, values, den=None):
