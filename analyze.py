@@ -349,10 +349,11 @@ def outcomes(world, tokenizer, q, ids):
     return {"parse": float(choices is not None), **{n: float(bool(choices) and bool(world.is_on(q, n, choices[n]))) for n in names}}
 
 
-def alarms(base, steered):
-    """What fell, in words: [] for a healthy policy."""
+def alarms(base, steered, n=math.inf):
+    """What fell, in words: [] for a healthy policy. n: how many answers; a share of well-formed ones has to fall by more than two standard errors, too"""
     out = []
-    if "parse" in base and steered["parse"] < base["parse"] + LIMITS["parse"]:
+    noise = 2 * math.sqrt(sum(x["parse"] * (1 - x["parse"]) + 1 / n for x in (base, steered)) / n) if "parse" in base else 0
+    if "parse" in base and steered["parse"] < base["parse"] - max(-LIMITS["parse"], noise):
         out.append(f"well-formed answers fell from {base['parse']:.1%} to {steered['parse']:.1%}")
     for name, word in (("repetition", "repeated 4-grams"), ("non_ascii", "characters beyond ASCII")):
         if steered[name] > base[name] + LIMITS[name]:
@@ -380,7 +381,7 @@ def behaviour(m, args):
     out["kl"] = drift(m.model, m.tokenizer, edits, neutral_texts(m))
     for kind in ("greedy", "sampled"):
         out[kind]["steered"]["kl"] = out["kl"]
-        out[kind]["alarms"] = alarms(out[kind]["base"], out[kind]["steered"])
+        out[kind]["alarms"] = alarms(out[kind]["base"], out[kind]["steered"], len(prompts))
         if m.world:
             both = [[outcomes(m.world, m.tokenizer, q, a) for q, a in zip(questions, ids[kind, who])] for who in ("base", "steered")]
             out[kind]["choices"] = {}
@@ -568,7 +569,7 @@ def causes(m, args):
     out["used"] = len(used)
     some = m.some(args.draw_pairs)
     part = np.concatenate([r.index for r in some])
-    out["draw_pairs"] = len(part)
+    out["draw_pairs"], out["sweep_pairs"] = len(part), sum(len(r.index) for r in m.some(args.draw_pairs * 3))
     part_gain = gain[part].sum()
     ones = torch.ones(m.sae.d_sae)
     texts = probe_prompts(m, args)
@@ -589,6 +590,9 @@ def causes(m, args):
         return float(np.nansum((m.margins(keep, rows=some) - m.base)[part]) / part_gain)
     for name, labelled in sets.items():
         named = np.intersect1d(labelled, used)
+        if not len(named):
+            bar.update(2 * args.draws)                   # none of them is steered: there is nothing to lose
+            continue
         here = out["sets"][name] = {"labelled": len(labelled), "steered": len(named), "usage": float(mass[named].sum() / max(mass.sum(), 1e-30))}
         for what in ("mask", "keep"):
             keep = ones.clone() if what == "mask" else torch.zeros_like(ones)
@@ -627,7 +631,7 @@ def causes(m, args):
                           "p_lost": (1 + sum(x >= here["mask"]["part"]["value"] for x in lost)) / (1 + args.draws), "p_left": (1 + sum(x >= here["keep"]["part"]["value"] for x in left)) / (1 + args.draws)}
             here[kind]["claim"] = bool(here[kind]["match"] >= .8 and len(named) > 0)
     bar.close()
-    if sets and all(out["sets"][label]["steered"] for label in feature_labels.LABELS):
+    if all(label in out["sets"] for label in feature_labels.LABELS):
         out["per_feature"] = loss_per_feature(m, sets, used, out["loss"]["steered"]["value"])
     out["strength"] = [sweep_point(m, args, texts, strength=a) for a in m.bar([0.0, .25, .5, .75, 1.0, 1.25, 1.5, 2.0, 3.0], "strength")]
     widest = max(int(torch.bincount(r.v.token, minlength=1).max()) if len(r.v.token) else 0 for r in m.rows)
@@ -997,7 +1001,7 @@ def dashboards(m, ledger_features, contexts=3, width=12):
     weight = (1 + m.model.norm.weight.float()) * m.sae.W_dec[wanted.to(m.model.device)].float()
     effect = torch.cat([weight @ part.float().T for part in m.model.embed_tokens.weight.split(16384)], 1).cpu()
     if m.world:                  # the lab's model has never seen most of its byte tokens, and what their rows hold is noise
-        seen = torch.unique(torch.cat([r.batch.ids.flatten().cpu() for r in m.rows]))
+        seen = torch.unique(torch.cat([r.batch.ids[r.batch.branch >= 0].cpu() for r in m.rows]))
         unseen = torch.ones(effect.shape[1], dtype=torch.bool)
         unseen[seen] = False
         effect[:, unseen] = 0.0
@@ -1007,9 +1011,9 @@ def dashboards(m, ledger_features, contexts=3, width=12):
         r, at = m.rows[n], place - starts[n]
         b, side = int(r.row[at]), int(r.branch[at])
         line = sequence(r, b, side or 1)
-        where = r.where.nonzero()
-        t = int(where[at][1])
-        steered = {int(x): k for k, x in enumerate(where[:, 1].tolist()) if int(where[k, 0]) == b}
+        where = r.where.nonzero().cpu()
+        t, mine = int(where[at, 1]), (where[:, 0] == b).nonzero()[:, 0]
+        steered = dict(zip(where[mine, 1].tolist(), mine.tolist()))
         middle = line.index(t)
         shown = line[max(0, middle - width):middle + width // 2]
         return [{"token": piece(m, r.batch.ids[b, u]), **{kind: float(values[kind][n][steered[u], k]) if u in steered else 0.0 for kind in ("v", "f")}} for u in shown]
@@ -1095,7 +1099,7 @@ def analyze(run, **options):
         if not hasattr(args, name):
             raise UserError(f"analyze has no option {name!r}")
         setattr(args, name, value)
-    wanted = args.only.split(",") if args.only else list(SECTIONS)
+    wanted = list(SECTIONS) if args.only is None else args.only.split(",")
     if bad := [s for s in wanted if s not in SECTIONS]:
         raise UserError(f"--only {args.only}: {bad[0]!r} is no section; there are {', '.join(SECTIONS)}")
     folder, started = Path(run), time.time()
@@ -1110,8 +1114,14 @@ def analyze(run, **options):
         a["labels"] = {"by": sorted({str(r.get("by")) for r in m.labels.values()}), **feature_labels.shares(m.labels, m.sae.d_sae)}
     if args.only and "rates" in wanted and not m.labels:
         raise UserError("--only rates needs labels of this SAE: `python analyze.py --make-labels KIND` makes them, --labels names a file")
-    if out.exists() and all((old := read_json(out)).get(k) == v for k, v in {**same, "options": plain(a["options"])}.items()):
+    old = read_json(out) if out.exists() else {}
+    options = plain({**a["options"], "labels": None, "adapter": None})                  # the labels' own digest is among `same`
+    before = {**old.get("options", {}), "labels": None, "adapter": None}
+    if all(old.get(k) == v for k, v in same.items()) and options == before:
         a["sections"] = old["sections"]            # what is not made again stays, also if this is interrupted
+    elif old.get("sections") and args.only:
+        other = [f"--{k.replace('_', '-')} {v}" for k, v in before.items() if options.get(k) != v] or ["other labels, another adapter or other pairs"]
+        raise UserError(f"{out} holds sections made with {', '.join(other)}, which would be lost: give the same, or remove the file to start anew")
     a |= {"verdict": report.verdict(a), "seconds": 0.0}
     for name in m.bar(wanted, "sections"):
         if name == "rates" and not m.labels:
@@ -1164,6 +1174,8 @@ def main(argv=None):
     except SystemExit as stop:
         return stop.code
     try:
+        if sum(map(bool, (args.make_labels or args.agree, args.calibrate))) + bool(args.only is not None) > 1 or args.run and (args.make_labels or args.agree):
+            raise UserError("--make-labels and --agree take no run, and neither they nor --calibrate go with --only or with each other")
         if args.make_labels or args.agree:
             return feature_labels.make(args)
         if args.calibrate:

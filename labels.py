@@ -627,7 +627,7 @@ def make_labels(kind, o, sae, device, dtype):
             texts = [list(p.prompt + p.chosen) for p in pairs]
             if kind == "sheet":
                 n = sheet(out, model, sae, tokenizer, texts, o["features"], o["seed"], progress=True)
-                print(f"{out}: {n} features; write y or n under {' and '.join(LABELS)}, then: python analyze.py --make-labels {out}")
+                print(f"{out}: {n} features; write y or n under {' and '.join(LABELS)}, then: python analyze.py --make-labels {out} --out {out.with_suffix('.jsonl')}")
                 return 0
             rows = rules_labels(model, sae, tokenizer, texts, progress=True)
     write_labels(out, rows, sae, by)

@@ -17,7 +17,9 @@ def objective(config):
              + (f" at weight {weight:g}" if weight != 1 else "")] if weight else []
     if nll:
         parts.append(f"{nll:g} × NLL of the chosen answers" if weight else "imitation alone (NLL of the chosen answers)")
-    return " + ".join(parts) + f" + {config.get('l1', 0):g} × ℓ1" + (", the paper's loss" if weight and not nll else "")
+    masked = ([f"{config['mask_random']} random features"] if config.get("mask_random") else [f"the features labelled {config['mask_labels']}"] if config.get("mask_labels") else []) + (
+        [f"features {config['mask']}"] if config.get("mask") else [])
+    return " + ".join(parts) + f" + {config.get('l1', 0):g} × ℓ1" + (", the paper's loss" if weight and not nll else "") + (f", with {' and '.join(masked)} masked," if masked else "")
 
 
 def percent(x):
@@ -46,13 +48,15 @@ def verdict(a):
     parts = []
     if groups := s.get("ledger", {}).get("token_groups"):
         parts.append("of the gain " + " and ".join(f"{percent(groups[g]['share'])} falls on tokens that settle {'a style' if g == 'style' else 'an alignment'} choice" for g in groups))
+        if style := s["ledger"]["groups"].get("style", {}).get("total", {}).get("share"):
+            parts.append(f"{percent(style)} goes through features labelled style")
     elif tokens := s.get("ledger", {}).get("tokens"):
         best = sorted(tokens, key=lambda c: -tokens[c]["value"])[:3]
         parts.append("of the gain " + ", ".join(f"{percent(tokens[c]['share'])} falls on {c} tokens" for c in best))
     for name, x in s.get("causes", {}).get("sets", {}).items():
         if name != "both":
             control = x["matched"] if x["matched"]["claim"] else x["random"]
-            kind = "other sets of the same usage" if x["matched"]["claim"] else "random sets of the same size"
+            kind = "other sets of the same usage" if x["matched"]["claim"] else "random sets of the same size, which are used less" if x["usage"] > x["steered"] / max(1, s["causes"]["used"]) else "random sets of the same size"
             lost, share = control["lost"], x["mask"]["part"]
             parts.append(f"without the {x['steered']} steered features labelled {name}, {percent(share)} is lost, {'more' if share['value'] > lost['high'] else 'no more'} than without {kind} "
                          f"({100 * lost['mean']:.0f}% [{100 * lost['low']:.0f}, {100 * lost['high']:.0f}])")
@@ -354,7 +358,7 @@ def usage(a, s):
     seeds = s.get("seeds", {})
     overlap = seeds.get("jaccard")
     again = (f"Of the {seeds['top']} most used features, runs that differ in their seed alone ({', '.join(seeds['runs'])}) share: Jaccard {num(sum(overlap) / len(overlap), '.2f')}, the mean of "
-             f"{len(overlap)} pairs of runs. The control, sets drawn at random from the steered ones: {num(seeds['chance'], '.2f')}.") if overlap else (
+             f"{len(overlap)} pair{'s' * (len(overlap) > 1)} of runs. The control, sets drawn at random from the steered ones: {num(seeds['chance'], '.2f')}.") if overlap else (
         "Whether another seed would use the same features cannot be said: no run that differs in its seed alone lies beside this one.")
     return join([figure("usage", "Share of a region’s tokens at which a feature is steered, the most used feature first, both axes logarithmic; beside it, dashed, the control: "
                         "the SAE’s own activations at the same tokens. A flatter curve is more even use.", panels, numbers, key("steering", "sae")),
@@ -402,10 +406,10 @@ def causes(a, s):
                          [[n, num(x["added"], "+.4f"), num(x["a_labelled_feature"], "+.6f"), num(x["a_steered_feature"], "+.6f")] for n, x in p.items() if n not in ("ratio", "errors")],
                          f"What masking a label adds to the loss, shared among its features: the paper’s number. Ratio style : alignment {num(p['ratio'], '.2f')}. Its control is wrong labels: with {errors}."))
     if s.get("strength"):
-        out += [tag("h3", "Strength"), sweep("strength", s["strength"], s["health"]["base"], "The steering multiplied by a factor: 0 is the base model, 1 (dotted) the policy as trained; "
+        out += [tag("h3", "Strength"), sweep("strength", s["strength"], s["health"]["base"], f"The steering multiplied by a factor, on {s.get('sweep_pairs', 'some')} of the pairs: 0 is the base model, 1 (dotted) the policy as trained; "
                                              "both are the controls for what lies between and beyond.")]
     if s.get("top_k"):
-        out += [tag("h3", "Top-k"), sweep("top_k", s["top_k"], s["health"]["base"], "Only the k most strongly pushed features of every token act; the control is “all”, the policy as trained.")]
+        out += [tag("h3", "Top-k"), sweep("top_k", s["top_k"], s["health"]["base"], f"Only the k most strongly pushed features of every token act, on {s.get('sweep_pairs', 'some')} of the pairs; the control is “all”, the policy as trained.")]
     return join(out)
 
 

@@ -285,6 +285,8 @@ def masked_features(config, sae):
         order = torch.randperm(len(free), generator=torch.Generator().manual_seed(config.seed))
         why.append(f"{config.mask_random} at random" + (f", none of the {len(named)} labelled {config.mask_labels.replace(',', ' or ')}" if config.mask_labels else ""))
         named = {free[i] for i in order[:config.mask_random].tolist()}
+    if len(masked | named) == sae.d_sae:
+        raise UserError(f"all {sae.d_sae} features are masked: nothing is left to steer with")
     if why:
         print(f"Masked: {len(masked | named)} of {sae.d_sae} features may not be steered ({'; '.join(why)})")
     return sorted(masked | named)

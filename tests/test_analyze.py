@@ -302,6 +302,7 @@ def test_text_statistics_by_hand():
     assert [analyze.text_statistics([a])["markdown"] for a in ("### Sum", "2. x", "a\n  - b", "`x`", "3 - 2", "#x")] == [1, 1, 1, 0, 0, 0]
     base = {"parse": .98, "repetition": 0.0, "non_ascii": 0.0, "perplexity": 2.0, "words": 10.0}
     assert analyze.alarms(base, base | {"kl": .01}) == []
+    assert analyze.alarms(base, base | {"parse": .93}, 20) == [] and len(analyze.alarms(base, base | {"parse": .93}, 1000)) == 1        # one answer of 20 is no news
     assert len(analyze.alarms(base, {"parse": .9, "repetition": .2, "non_ascii": .1, "perplexity": 4.0, "kl": 1.0, "words": 2.0})) == 6
 
 
@@ -351,6 +352,9 @@ def test_the_command(lab, capsys, monkeypatch):
         assert moved == pytest.approx(pair["steered"] - pair["base"], abs=1e-5)
     one = a["sections"]["causes"]["strength"]
     assert one[0]["strength"] == 0 and one[0]["accuracy"]["value"] == pytest.approx(np.mean([x > 0 for x in bases(lab)]), abs=.05)
+    # --only with other options would lose them, and says so
+    assert analyze.main([str(lab.folder), *SMALL, "--only", "geometry", "--limit", "50"]) == 2 and "made with --limit 60" in capsys.readouterr().err
+    assert json.loads((lab.folder / "analysis.json").read_text(encoding="utf-8")) == a
     # --only keeps the other sections; without matplotlib there are tables, which also is faster
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert analyze.main([str(lab.folder), *SMALL, "--only", "geometry"]) == 0
@@ -383,7 +387,8 @@ def test_users_mistakes(lab, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert "is not a finished run" in said(tmp_path / "empty")
     assert "name one run's folder" in said() and "name one run's folder" in said(lab.folder, lab.folder)
-    assert "'colour' is no section" in said(lab.folder, "--only", "colour")
+    assert "'colour' is no section" in said(lab.folder, "--only", "colour") and "'' is no section" in said(lab.folder, "--only", "")
+    assert "take no run" in said(lab.folder, "--make-labels", "rules") and "take no run" in said("--calibrate", lab.folder, "--only", "usage")
     assert "too few for an interval" in said(lab.folder, "--limit", "6")
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"index": 0, "labels": [], "description": "", "by": "me", "sae": "0" * 16}) + "\n")
@@ -396,6 +401,7 @@ def test_users_mistakes(lab, tmp_path, capsys):
 
 def test_what_was_computed_is_kept(lab, monkeypatch):
     """A section that fails leaves those before it in analysis.json."""
+    (lab.folder / "analysis.json").unlink(missing_ok=True)
     def fail(m, args):
         raise KeyboardInterrupt
     monkeypatch.setattr(analyze, "geometry", fail)

@@ -214,6 +214,12 @@ def test_nothing_comes_from_the_network(whole):
     assert "http" not in whole and "@import" not in whole and not re.search(r'url\((?!#)|\ssrc=|<link|<script', whole)
 
 
+def test_the_objective_names_what_is_masked():
+    assert report.objective({"l1": .03, "nll_weight": 0}) == "SimPO (β 10, γ/β 0.5) + 0.03 × ℓ1, the paper's loss"
+    assert report.objective({"l1": 0, "simpo_weight": 0, "nll_weight": 5}).startswith("imitation alone")
+    assert "with the features labelled style masked" in report.objective({"mask_labels": "style"}) and "with 9 random features and features 1,2 masked" in report.objective({"mask_labels": "style", "mask_random": 9, "mask": "1,2"})
+
+
 def test_no_share_of_nothing(tmp_path, undrawn):
     a = made_up()
     a["sections"]["causes"] |= {"sets": {}, "silent": "The gain cannot be told from 0 at all."}

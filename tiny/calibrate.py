@@ -191,6 +191,9 @@ def kind_of(config, weights, sae):
     """What a run is, for the tables: its world, and what is unusual about it."""
     world_name = next((name for name, w in world.WORLDS.items() if {c: float(w.get(c, 0)) for c in world.CHOICES} == weights), None if any(weights.values()) else "null")
     parts = [world_name or "new world"]
+    usual = {"beta": 10.0, "gamma_ratio": .5, "nll_weight": 5.0, "steps": 800, "batch_size": 32, "lr": 2e-3, "activation": "soft", "fusion": "additive", "positions": "text", "top_k": None, "mask": "",
+             "mask_labels": "", "mask_random": 0, **({} if config.get("adapter") else {"l1": .03})}
+    parts += [f"{name} {config[name]}" for name, value in usual.items() if config.get(name, value) != value]
     if not config.get("simpo_weight", 1):
         parts.append("NLL alone")
     if config.get("adapter"):
@@ -261,9 +264,9 @@ def tables(data):
     out.append({"title": "Do the instruments rank the choices as behaviour does?", "first": True, "head": ["policy", "runs", *INSTRUMENTS],
                 "rows": [[k, len(b[k]), *(mean_sd([x[i]["spearman"] for x in b[k]]) for i in INSTRUMENTS)] for k in order],
                 "note": "Rank correlation over the ten choices between what an instrument says and the change of log-odds on the probe (its size; for `writes` the change itself)."})
-    out.append({"title": "Do they find the choices that moved, and no others?", "head": ["policy", "moved", *(f"{i}: found, false" for i in INSTRUMENTS)],
-                "rows": [[k, f"{np.mean([x['tokens']['moved'] for x in b[k]]):.1f}", *(f"{np.mean([x[i]['hits'] for x in b[k]]):.1f}, {np.mean([x[i]['false'] for x in b[k]]):.1f}" if not all(x[i]["silent"] for x in b[k]) else "says nothing" for i in INSTRUMENTS)] for k in order],
-                "note": f"Moved: log-odds on the probe changed by {THRESHOLD['behaviour']} nats or more, and its interval leaves out 0. Found: of these, how many the instrument names; false: named but not moved. "
+    out.append({"title": "Do they find the choices that moved, and no others?", "first": True, "head": ["policy", "moved", *(f"{i}: found, wrong (F1)" for i in INSTRUMENTS)],
+                "rows": [[k, f"{np.mean([x['tokens']['moved'] for x in b[k]]):.1f}", *(f"{np.mean([x[i]['hits'] for x in b[k]]):.1f}, {np.mean([x[i]['false'] for x in b[k]]):.1f} (F1 {f1({w: sum(x[i][w] for x in b[k]) for w in ('hits', 'false', 'missed')}):.2f})" if not all(x[i]["silent"] for x in b[k]) else "says nothing" for i in INSTRUMENTS)] for k in order],
+                "note": f"Moved: log-odds on the probe changed by {THRESHOLD['behaviour']} nats or more, and its interval leaves out 0. Found: of these, how many the instrument names; wrong: named but not moved. "
                         f"Thresholds: " + ", ".join(f"{i} {THRESHOLD[i]}" for i in INSTRUMENTS) + ". An instrument that gives shares says nothing where the gain cannot be told from 0."})
     out.append({"title": "How much of it is style?", "first": True, "head": ["policy", "behaviour", *INSTRUMENTS],
                 "rows": [[k, mean_sd([x["behaviour"]["style_share"] for x in b[k]]), *(mean_sd([x[i]["style_share"] for x in b[k]]) for i in INSTRUMENTS)] for k in order],
@@ -298,28 +301,32 @@ def label_agreement():
     return {label: feature_labels.agreement(*both, label) for label in feature_labels.LABELS}
 
 
-def sentences(data):
-    """What the tables say, in words: each instrument on style, honest and null, where its threshold was fixed, and on new weights. The word is for
-    F1 of naming what moved (.8 and above, .5 and above, below, or more named wrongly than rightly); ranks and shares are those of style and honest, since coins move nothing."""
-    of = lambda *kinds: [agreement(p) for p in data["policies"].values() if p["kind"] in kinds]      # noqa: E731
-    known, new, null, out = of("style", "honest", "null"), of("new world"), of("null"), []
+def f1(x):
+    """Of naming what moved: found, named wrongly and missed, of one policy or summed over some."""
+    return 2 * x["hits"] / max(1e-9, 2 * x["hits"] + x["false"] + x["missed"])
 
-    def how(some, name):
-        rank = float(np.mean([x[name]["spearman"] for x in some if x not in null and np.isfinite(x[name]["spearman"])] or [np.nan]))
-        found, moved, false = (sum(x[name][k] for x in some) / max(1, len(some)) for k in ("hits", "moved", "false"))
-        share = np.mean([abs(x[name]["style_share"] - x["behaviour"]["style_share"]) for x in some if x not in null and x[name]["style_share"] is not None] or [np.nan])
-        score = 2 * found / max(1e-9, 2 * found + false + moved - found) if found > false else 0.0                # F1 of naming what moved
-        return score, f"{found:.1f} of {moved:.1f} moved choices found and {false:.1f} named wrongly, rank correlation {rank:.2f}, share of style off by {share:.2f}"
+
+def sentences(data):
+    """What the tables say, in words: each instrument on style, honest and null, where its threshold was fixed, and on new weights. The word is for F1 of
+    naming what moved (.8 and above, .5 and above, below, or more named wrongly than rightly); ranks are those of style and honest, since coins move nothing."""
+    of = lambda *kinds: [agreement(p) for p in data["policies"].values() if p["kind"] in kinds]      # noqa: E731
+    known, moving, new, null, out = of("style", "honest", "null"), of("style", "honest"), of("new world"), of("null"), []
+
+    def how(counted, ranked, name):
+        total = {k: sum(x[name][k] for x in counted) for k in ("hits", "false", "missed", "moved")}
+        rank = float(np.mean([x[name]["spearman"] for x in ranked if np.isfinite(x[name]["spearman"])] or [np.nan]))
+        word = "fails" if total["false"] >= total["hits"] or f1(total) < .5 else "recovers what moved" if f1(total) >= .8 else "recovers part of it"
+        return (f"{word} (found {total['hits'] / len(counted):.1f} of {total['moved'] / len(counted):.1f} choices that moved, named {total['false'] / len(counted):.1f} wrongly, F1 {f1(total):.2f}, "
+                f"rank correlation {rank:.2f})")
     for name in INSTRUMENTS:
-        if known:
-            score, said = how(known, name)
-            word = "recovers what the policy does" if score >= .8 else "recovers part of what the policy does" if score >= .5 else "fails to tell what the policy does"
-            out.append(f"{WHAT[name]} (`{name}`) {word}: {said}" + (f"; on new weights: {how(new, name)[1]}" if new else "") + ".")
+        if moving:
+            out.append(f"{WHAT[name]} (`{name}`) {how(known, moving, name)}" + (f"; on new weights it {how(new, new, name)}" if new else "") + ".")
+    if known:
+        out.append(f"(Means over the {len(known)} policies of `style`, `honest` and `null`, ranks without `null`" + (f"; {len(new)} of the new world" if new else "") + ".)")
     if null:
-        claims = {name: np.mean([x[name]["false"] + x[name]["hits"] for x in null]) for name in INSTRUMENTS}
         silent = [name for name in INSTRUMENTS if all(x[name]["silent"] or x[name]["hits"] + x[name]["false"] == 0 for x in null)]
         out.append("Trained on coins, " + (f"{', '.join(f'`{n}`' for n in silent)} name no choice" if silent else "every instrument names some choice")
-                   + "".join(f"; `{n}` names {claims[n]:.1f} of 10" for n in INSTRUMENTS if n not in silent) + ".")
+                   + "".join(f"; `{n}` names {np.mean([x[n]['hits'] for x in null]):.1f} rightly and {np.mean([x[n]['false'] for x in null]):.1f} wrongly" for n in INSTRUMENTS if n not in silent) + ".")
     planted_fit = [planted(p, data["base"])["spearman"] for p in data["policies"].values() if p["kind"] in ("style", "honest")]
     if planted_fit:
         out.append(f"What was planted came out: rank correlation of behaviour with the weights {np.mean(planted_fit):.2f}"
