@@ -318,12 +318,15 @@ def rates_of_choices(s, both):
         axis.set_xlim(0, 100)
 
     def against(axis):
+        spots = [(c["weight"], c["change"]["value"]) for c in choices.values() if c.get("weight") is not None]
+        high, wide = (1e-9 + max(p[k] for p in spots) - min(p[k] for p in spots) for k in (1, 0))
+        crowd = lambda x, y, side: sum(0 < side * (a - x) < wide / 4 and abs(b - y) < high / 12 for a, b in spots)      # noqa: E731
         for n, c in choices.items():
             if c.get("weight") is not None:
                 x, y = c["weight"], c["change"]
                 axis.plot([x, x], [100 * y["low"], 100 * y["high"]], color=COLORS[color(n)], lw=1.4)
                 axis.plot(x, 100 * y["value"], "o", color=COLORS[color(n)], ms=5)
-                side = -1 if n in GREEN else 1                      # fewer names on top of each other
+                side = -1 if crowd(x, y["value"], -1) < crowd(x, y["value"], 1) else 1                      # where fewer other choices lie
                 axis.annotate(n, (x, 100 * y["value"]), (5 * side, 3), textcoords="offset points", ha="right" if side < 0 else "left", fontsize=7.5, color=COLORS["dim"])
         axis.axhline(0, color=COLORS["base"], lw=.8, zorder=0)
         axis.set(xlabel="planted weight of the choice, in the utility", ylabel="change of its rate, points")
