@@ -671,7 +671,9 @@ def test_masked_at_random(tmp_path, by_hand, capsys):
         assert got == masked(mask_labels="style", labels=by_hand, mask_random=200, seed=seed, mask="1,2")
         sets.append(set(got))
     assert sets[0] != sets[1] != sets[2]
-    assert len(masked(mask_random=824, mask_labels="style", labels=by_hand)) == 824 and len(masked(mask_random=1024)) == 1024
+    assert len(masked(mask_random=824, mask_labels="style", labels=by_hand)) == 824 and len(masked(mask_random=1023)) == 1023
+    with pytest.raises(UserError, match="nothing is left to steer with"):
+        masked(mask_random=1024)
     assert masked() == [] and named & set(masked(mask_random=500))
     capsys.readouterr()
     assert train.main([*SHORT, "--runs", str(tmp_path), "--run", "r", "--labels", by_hand, "--mask-labels", "style", "--mask-random", "200"]) == 0
