@@ -947,9 +947,11 @@ def geometry(m, args):
     part = np.concatenate([r.index for r in some])
     random_basis = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0].to(value)
 
+    sure = apart(m.mean(m.full - m.base))
+
     def scored(change):
         margins = m.margins(change=change, rows=some)[part]
-        whole = (m.full - m.base)[part].mean()
+        whole = (m.full - m.base)[part].mean() if sure else 0.0                        # no share of a gain that cannot be told from 0
         return {"loss": float(m.loss(margins).mean()), "gain": float((margins - m.base[part]).mean() / whole) if whole else math.nan}
     for k in m.bar([r for r in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if r < D] + [D], "directions"):
         def project(basis):

@@ -98,7 +98,8 @@ def summary(a):
         lines.append(f"  completeness error of the features {x['completeness']:.2%}; the first 10 features hold {x['concentration']['10']:.0%} of Σ|entry|")
     if g := s.get("geometry"):
         lines.append(f"\nGeometry: {g['participation']:.1f} effective directions of {g['d_in']} (90% in {g['d90']}), a constant vector explains {g['constant']:.0%}; cosine with the mean difference {g['cosine']:+.2f} (chance ±{g['chance']:.2f})")
-        lines.append("  share of the gain with only the top r directions (random ones): " + ", ".join(f"{d['r']}: {d['top']['gain']:.0%} ({d['random']['gain']:.0%})" for d in g["directions"]))
+        if not math.isnan(g["mean_only"]["gain"]):
+            lines.append("  share of the gain with only the top r directions (random ones): " + ", ".join(f"{d['r']}: {d['top']['gain']:.0%} ({d['random']['gain']:.0%})" for d in g["directions"]))
     return "\n".join(lines)
 
 

@@ -162,7 +162,8 @@ def test_a_policy_that_does_nothing_has_no_shares(monkeypatch):
     assert out["sets"] == {} and "no share" in out["silent"] and out["gain"]["value"] == 0
     ledger = analyze.ledger(m, ARGS)
     assert ledger["chance"] == {} and "share" not in ledger["groups"]["style"]["total"] and ledger["features"] == []
-    assert analyze.rates(m, ARGS)["regions"] == {} and analyze.geometry(m, ARGS)["participation"] == 0
+    out = analyze.geometry(m, ARGS)
+    assert analyze.rates(m, ARGS)["regions"] == {} and out["participation"] == 0 and math.isnan(out["mean_only"]["gain"])
 
 
 def test_geometry_on_paper():
