@@ -359,7 +359,7 @@ def calibrate(args):
             keep()
     data["labels"] = label_agreement()
     data |= {"tables": tables(data), "sentences": sentences(data), "threshold": THRESHOLD, "made": f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, torch {torch.__version__}",
-             "command": "python analyze.py --calibrate runs/results/* --adapter docs/controls.py:Constant"}
+             "command": "python analyze.py --calibrate runs/results/{style,honest,null,imitation,constant,random,mixed}-? --adapter docs/controls.py:Constant"}
     keep()
     for t in data["tables"]:
         print("\n" + t["title"], "| " + " | ".join(t["head"]) + " |", *("| " + " | ".join(map(str, row)) + " |" for row in t["rows"]), t["note"], sep="\n")
