@@ -25,11 +25,10 @@ import hashlib
 import json
 import math
 import platform
-import random
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +40,7 @@ import fsrl
 import labels as feature_labels
 import report
 import simpo
-from gemma import UserError, atomically, decode, encode_text, generate, read_json
+from gemma import UserError, decode, generate, read_json, write_json
 
 SECTIONS = ("behaviour", "usage", "rates", "causes", "ledger", "geometry")
 REGIONS = ("prompt", "chosen", "rejected")
@@ -51,28 +50,28 @@ FEWEST = 10              # clusters that an interval needs
 
 # ---- statistics --------------------------------------------------------------------------------------------------------
 
-def ratio(num, den=None, clusters=None, *, samples=2000, seed=0):
-    """Σ num / Σ den with its 95% interval, drawing whole clusters with replacement. -> {"value", "low", "high", "se"}
+def bootstrap(columns, clusters, statistic, *, samples=2000, seed=0):
+    """A statistic of the sums of columns (n,), with its 95% interval, drawing whole clusters with replacement. -> {"value", "low", "high", "se"}
 
-    num, den (n,): one entry a pair (den None: ones, so a mean). clusters (n,): whose entries belong together, such as those of
-    one prompt; None: each stands alone. Tokens are never drawn: they are not independent. Percentile bootstrap (Efron and Tibshirani 1993, ch. 13).
+    clusters (n,): whose entries belong together, such as those of one prompt. Tokens are never drawn: they are not independent. Percentile
+    bootstrap (Efron and Tibshirani 1993, ch. 13); draws in which the statistic is no number are left out.
     """
-    num = np.asarray(num, dtype=np.float64)
-    den = np.ones_like(num) if den is None else np.asarray(den, dtype=np.float64)
-    _, member = np.unique(np.arange(len(num)) if clusters is None else np.asarray(clusters), return_inverse=True)
+    _, member = np.unique(clusters, return_inverse=True)
     n = member.max() + 1 if len(member) else 0
     if n < FEWEST:
         raise UserError(f"{n} prompts are too few for an interval; it needs at least {FEWEST} (more held-out pairs, or a larger --limit)")
-    totals = np.stack([np.bincount(member, x, n) for x in (num, den)])                   # (2,n)
+    totals = np.stack([np.bincount(member, x, n) for x in columns])
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), samples)       # how often each cluster is drawn
     with np.errstate(divide="ignore", invalid="ignore"):
-        drawn = np.divide(*(totals @ draws.T))
-        value = num.sum() / den.sum()
+        value, drawn = statistic(*totals.sum(1)), statistic(*(totals @ draws.T))
     drawn = drawn[np.isfinite(drawn)]
-    if not len(drawn):
-        return {"value": float(value), "low": math.nan, "high": math.nan, "se": math.nan}
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return {"value": float(value), "low": float(low), "high": float(high), "se": float(drawn.std())}
+    low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (math.nan, math.nan)
+    return {"value": float(value), "low": float(low), "high": float(high), "se": float(drawn.std()) if len(drawn) else math.nan}
+
+
+def ratio(num, den=None, clusters=None, **how):
+    """Σ num / Σ den (den None: ones, so a mean) by `bootstrap`; clusters None: each entry stands alone."""
+    return bootstrap([num, np.ones(len(num)) if den is None else den], np.arange(len(num)) if clusters is None else clusters, np.divide, **how)
 
 
 def apart(x):
@@ -147,7 +146,7 @@ class Rows:
     f: Sparse                # the SAE's own activations there
     row: torch.Tensor        # (N,) which row of the batch
     branch: torch.Tensor     # (N,) 0 prompt, 1 chosen, 2 rejected
-    split: object = None     # see `token_split`
+    split: object = None     # see `split_of`
 
 
 def numbered(things):
@@ -227,18 +226,28 @@ class Material:
                 self.parts[n].append(self._rows(some, batch.to(self.model.device), h))
         return self.parts[n]
 
-    def mean(self, values, den=None):
-        """Of one value a pair, nan: not measured. -> ratio over prompts, with the interval over facts beside it on the lab"""
-        values, there = np.asarray(values, dtype=np.float64), ~np.isnan(values)
+    def interval(self, statistic, *columns):
+        """`bootstrap` over prompts of columns with one value a pair, with the interval over facts beside it on the lab. nan in the first: not measured."""
+        there = ~np.isnan(columns[0])
+        columns = [np.asarray(x, dtype=np.float64)[there] for x in columns]
         if len(np.unique(self.facts[there])) < FEWEST:                        # of a part of the pairs; the whole was looked at when it was read
-            value = values[there].sum() / (there.sum() if den is None else np.asarray(den)[there].sum()) if there.any() else math.nan
+            value = statistic(*(x.sum() for x in columns)) if there.any() else math.nan
             return {"value": float(value), "low": math.nan, "high": math.nan, "se": math.nan}
-        den = None if den is None else np.asarray(den, dtype=np.float64)[there]
-        out = ratio(values[there], den, np.asarray(self.prompts)[there])
+        out = bootstrap(columns, self.prompts[there], statistic)
         if self.world:
-            wide = ratio(values[there], den, np.asarray(self.facts)[there])
+            wide = bootstrap(columns, self.facts[there], statistic)
             out |= {"facts_low": wide["low"], "facts_high": wide["high"]}
         return out
+
+    def mean(self, values, den=None):
+        """Σ values / Σ den over pairs (den None: their mean), with its interval."""
+        return self.interval(np.divide, np.asarray(values, dtype=np.float64), np.ones(len(values)) if den is None else den)
+
+    def without(self, features):
+        """keep (F,) that masks these features."""
+        keep = torch.ones(self.sae.d_sae)
+        keep[features] = 0.0
+        return keep
 
     def loss(self, margins):
         """SimPO's loss at these margins, with the run's β and γ/β. (P,)"""
@@ -313,24 +322,11 @@ def perplexity(model, prompts, answers, batch_size=32):
     return math.exp(min(50.0, -total / max(1.0, tokens)))
 
 
-@torch.no_grad()
-def drift(model, tokenizer, edits, texts):
-    """KL(steered‖base) in nats a token on texts without a question."""
-    total = tokens = 0.0
-    for text in texts:
-        ids = torch.tensor([[model.config.bos_token_id, *encode_text(tokenizer, text)]], device=model.device)
-        h = [model(ids, edits=e)[0, 1:] for e in (edits, None)]
-        for a, b in zip(*(x.split(64) for x in h)):                   # a few tokens at a time: the vocabulary may be 256,000
-            steered, base = (model.logits(x).log_softmax(-1) for x in (a, b))
-            total, tokens = total + (steered.exp() * (steered - base)).sum().item(), tokens + len(a)
-    return total / tokens
-
-
 def neutral_texts(m, count=24):
     if not m.world:
         return NEUTRAL
-    rng = random.Random("neutral 0")
-    return [m.world.notes(rng) for _ in range(count)]
+    from tiny import measure
+    return measure.neutral(count)
 
 
 def health(m, edits, prompts, questions, *, temperature, seed=0, max_new_tokens=64, batch_size=256):
@@ -340,13 +336,6 @@ def health(m, edits, prompts, questions, *, temperature, seed=0, max_new_tokens=
     if m.world:
         out["parse"] = m.world.behaviour(questions, [[m.tokenizer.id_to_token(i) for i in a] for a in ids])["parse"]
     return out, ids
-
-
-def outcomes(world, tokenizer, q, ids):
-    """{"parse": 0 or 1, choice: 0 or 1} of an answer, for the choices that come up in its question (a malformed one makes none)."""
-    choices = world.parse(q, [tokenizer.id_to_token(i) for i in ids])
-    names = world.STYLE + ({"fact": "truth", "unknown": "admit", "harm": "decline"}[q.kind],)
-    return {"parse": float(choices is not None), **{n: float(bool(choices) and bool(world.is_on(q, n, choices[n]))) for n in names}}
 
 
 def alarms(base, steered, n=math.inf):
@@ -378,12 +367,12 @@ def behaviour(m, args):
     for kind, temperature, who in m.bar(jobs, "answers"):
         out.setdefault(kind, {})[who], ids[kind, who] = health(m, edits if who == "steered" else None, prompts, questions, temperature=temperature,
                                                                max_new_tokens=args.max_new_tokens, batch_size=args.answer_batch)
-    out["kl"] = drift(m.model, m.tokenizer, edits, neutral_texts(m))
+    out["kl"] = simpo.drift(m.model, m.tokenizer, edits, neutral_texts(m))
     for kind in ("greedy", "sampled"):
         out[kind]["steered"]["kl"] = out["kl"]
         out[kind]["alarms"] = alarms(out[kind]["base"], out[kind]["steered"], len(prompts))
         if m.world:
-            both = [[outcomes(m.world, m.tokenizer, q, a) for q, a in zip(questions, ids[kind, who])] for who in ("base", "steered")]
+            both = [[m.world.outcome(q, [m.tokenizer.id_to_token(i) for i in a]) for q, a in zip(questions, ids[kind, who])] for who in ("base", "steered")]
             out[kind]["choices"] = {}
             for name in ("parse", *m.world.CHOICES):
                 at = [i for i, o in enumerate(both[0]) if name in o]
@@ -465,6 +454,15 @@ def label_counts(s, tokens, marks):
     return out
 
 
+def label_shares(r, marks):
+    """At each token the share of its judged active features that carries each mark.  marks (F,1+M), the first: judged
+
+    -> both (N,): whether a judged feature is steered and one fires there, {"v": (N,M), "f": (N,M)} float64
+    """
+    counts = {kind: label_counts(getattr(r, kind), len(r.row), marks.to(r.h.device)).cpu() for kind in ("v", "f")}
+    return (counts["v"][:, 0] > 0) & (counts["f"][:, 0] > 0), {kind: (count[:, 1:] / count[:, :1].clamp_min(1)).double() for kind, count in counts.items()}
+
+
 def rates(m, args, permutations=99):
     """Section 4, the paper's table: of the features that are active at a token, which share is style, which alignment?
 
@@ -489,10 +487,9 @@ def rates(m, args, permutations=99):
             marks[where, 2 + k] = marks[where[deal], 1]
         total = {}                   # per pair: Σ over its tokens of a region of [has a judged feature, share (first true, then dealt)]
         for r in m.bar(m.rows, f"rates, {label}"):
-            counts = {kind: label_counts(getattr(r, kind), len(r.row), marks.to(m.model.device)).cpu() for kind in ("v", "f")}
-            both = (counts["v"][:, 0] > 0) & (counts["f"][:, 0] > 0)
-            for kind, count in counts.items():
-                share = torch.cat([both[:, None].float(), count[:, 1:] / count[:, :1].clamp_min(1)], 1).double()
+            both, shares = label_shares(r, marks)
+            for kind, share in shares.items():
+                share = torch.cat([both[:, None].double(), share], 1)
                 for branch in range(3):
                     here = both & (r.branch == branch).cpu()
                     sums = torch.zeros(len(r.index), share.shape[1], dtype=torch.float64).index_add_(0, r.row[here.to(r.row.device)].cpu(), share[here])
@@ -501,10 +498,7 @@ def rates(m, args, permutations=99):
             v, f = total["v", branch].numpy(), total["f", branch].numpy()
             if not v[:, 0].sum():
                 continue
-            change = ratio_of_ratios(v[:, 1], v[:, 0], f[:, 1], f[:, 0], m.prompts)
-            if m.world:
-                wide = ratio_of_ratios(v[:, 1], v[:, 0], f[:, 1], f[:, 0], m.facts)
-                change |= {"facts_low": wide["low"], "facts_high": wide["high"]}
+            change = m.interval(lambda a, b, c, d: (a / b) / (c / d) - 1, v[:, 1], v[:, 0], f[:, 1], f[:, 0])
             dealt = (v[:, 2:].sum(0) / v[:, 0].sum()) / np.maximum(f[:, 2:].sum(0) / f[:, 0].sum(), 1e-12) - 1
             per = lambda t: np.where(t[:, 0] > 0, t[:, 1] / np.maximum(t[:, 0], 1), np.nan)      # noqa: E731
             out["regions"].setdefault(region, {})[label] = {
@@ -514,19 +508,6 @@ def rates(m, args, permutations=99):
     mass = m.mass()
     out["mass"] = {label: float(mass[(g[label] & known).numpy()].sum() / max(mass[known.numpy()].sum(), 1e-30)) for label in feature_labels.LABELS}
     return out
-
-
-def ratio_of_ratios(a, b, c, d, clusters, samples=2000):
-    """(Σa/Σb) / (Σc/Σd) - 1 with its interval over clusters."""
-    _, member = np.unique(clusters, return_inverse=True)
-    totals = np.stack([np.bincount(member, x) for x in (a, b, c, d)])
-    n = totals.shape[1]
-    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), samples)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value, drawn = ((t[0] / t[1]) / (t[2] / t[3]) - 1 for t in (totals.sum(1), totals @ draws.T))
-    drawn = drawn[np.isfinite(drawn)]
-    low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (math.nan, math.nan)
-    return {"value": float(value), "low": float(low), "high": float(high), "se": float(drawn.std()) if len(drawn) else math.nan}
 
 
 # ---- causes ----------------------------------------------------------------------------------------------------------------
@@ -571,10 +552,11 @@ def causes(m, args):
     part = np.concatenate([r.index for r in some])
     out["draw_pairs"], out["sweep_pairs"] = len(part), sum(len(r.index) for r in m.some(args.draw_pairs * 3))
     part_gain = gain[part].sum()
-    ones = torch.ones(m.sae.d_sae)
     texts = probe_prompts(m, args)
-    out["health"] = {"base": health(m, None, *texts, temperature=1.0, max_new_tokens=args.max_new_tokens, batch_size=args.answer_batch)[0],
-                     "steered": health(m, m.steering.edits(), *texts, temperature=1.0, max_new_tokens=args.max_new_tokens, batch_size=args.answer_batch)[0]}
+
+    def sound(edits):
+        return health(m, edits, *texts, temperature=1.0, max_new_tokens=args.max_new_tokens, batch_size=args.answer_batch)[0]
+    out["health"] = {"base": sound(None), "steered": sound(m.steering.edits())}
     sets = {}
     if m.groups and not apart(out["gain"]):
         out["silent"] = "The gain cannot be told from 0, so there is no share of it to lose."
@@ -582,8 +564,7 @@ def causes(m, args):
         style, alignment = (np.flatnonzero((m.groups[label] & m.groups["known"]).numpy()) for label in feature_labels.LABELS)
         sets = {"style": style, "alignment": alignment, "both": np.union1d(style, alignment)}
         out["overlap"] = len(np.intersect1d(style, alignment))
-    jobs = [(name, kind, k) for name in sets for kind in ("random", "matched") for k in range(args.draws)]
-    bar = m.bar(jobs, "random sets")
+    bar = m.bar(range(2 * args.draws * len(sets)), "random sets")
     rng = np.random.default_rng(0)
 
     def share(keep):                                     # of the gain on a part of the pairs
@@ -595,48 +576,46 @@ def causes(m, args):
             continue
         here = out["sets"][name] = {"labelled": len(labelled), "steered": len(named), "usage": float(mass[named].sum() / max(mass.sum(), 1e-30))}
         for what in ("mask", "keep"):
-            keep = ones.clone() if what == "mask" else torch.zeros_like(ones)
-            keep[named] = 1.0 - keep[named]
+            keep = m.without(named) if what == "mask" else 1 - m.without(named)
             margins = m.margins(keep)
             moved = m.full - margins if what == "mask" else margins - m.base
             on_part = np.full(len(gain), np.nan)
             on_part[part] = moved[part]
-            here[what] = {"share": m.mean(moved, gain), "part": m.mean(on_part, gain), "loss": m.mean(m.loss(margins)), "accuracy": m.mean(margins > 0)}
-            here[what]["health"] = health(m, Kept(m.steering, keep).edits(), *texts, temperature=1.0, max_new_tokens=args.max_new_tokens, batch_size=args.answer_batch)[0]
+            here[what] = {"share": m.mean(moved, gain), "part": m.mean(on_part, gain), "loss": m.mean(m.loss(margins)), "accuracy": m.mean(margins > 0),
+                          "health": sound(Kept(m.steering, keep).edits())}
         outside = np.setdiff1d(used, named)
         for kind in ("random", "matched"):
-            lost, left, match, overlap, size, loss, accuracy, sound = [], [], [], [], [], [], [], []
+            lost, left, match, overlap, size, loss, accuracy, texts_left = [], [], [], [], [], [], [], []
             for _ in range(args.draws):
                 if kind == "random":
                     drawn = rng.choice(used, len(named), replace=False)
                     fit = 1.0
                 else:
                     drawn, fit = matched_set(named, mass, outside, rng)
-                keep = ones.clone()
-                keep[drawn] = 0.0
+                keep = m.without(drawn)
                 margins = m.margins(keep, rows=some)[part]
                 lost.append(1 - float((margins - m.base[part]).sum() / part_gain))
                 loss.append(float(m.loss(margins).mean()))
                 accuracy.append(float((margins > 0).mean()))
                 left.append(share(1 - keep))
-                if len(sound) < 3:                    # answers take long: three sets say enough about the text
-                    sound.append(health(m, Kept(m.steering, keep).edits(), *texts, temperature=1.0, max_new_tokens=args.max_new_tokens, batch_size=args.answer_batch)[0])
+                if len(texts_left) < 3:               # answers take long: three sets say enough about the text
+                    texts_left.append(sound(Kept(m.steering, keep).edits()))
                 match.append(fit)
                 size.append(len(drawn))
-                overlap.append(len(np.intersect1d(drawn, named)) / max(1, len(named)))
+                overlap.append(len(np.intersect1d(drawn, named)) / len(named))
                 bar.update()
             spread = lambda x: {"mean": float(np.mean(x)), "low": float(np.percentile(x, 2.5)), "high": float(np.percentile(x, 97.5))}      # noqa: E731
             here[kind] = {"lost": spread(lost), "left": spread(left), "loss": spread(loss), "accuracy": spread(accuracy),
-                          "health": {x: float(np.mean([h[x] for h in sound])) for x in sound[0]}, "size": float(np.mean(size)), "overlap": float(np.mean(overlap)), "match": float(np.mean(match)),
+                          "health": {x: float(np.mean([h[x] for h in texts_left])) for x in texts_left[0]}, "size": float(np.mean(size)), "overlap": float(np.mean(overlap)), "match": float(np.mean(match)),
                           "p_lost": (1 + sum(x >= here["mask"]["part"]["value"] for x in lost)) / (1 + args.draws), "p_left": (1 + sum(x >= here["keep"]["part"]["value"] for x in left)) / (1 + args.draws)}
-            here[kind]["claim"] = bool(here[kind]["match"] >= .8 and len(named) > 0)
+            here[kind]["claim"] = here[kind]["match"] >= .8
     bar.close()
     if all(label in out["sets"] for label in feature_labels.LABELS):
-        out["per_feature"] = loss_per_feature(m, sets, used, out["loss"]["steered"]["value"])
-    out["strength"] = [sweep_point(m, args, texts, strength=a) for a in m.bar([0.0, .25, .5, .75, 1.0, 1.25, 1.5, 2.0, 3.0], "strength")]
+        out["per_feature"] = loss_per_feature(m, sets, used)
+    out["strength"] = [sweep_point(m, args, sound, strength=a) for a in m.bar([0.0, .25, .5, .75, 1.0, 1.25, 1.5, 2.0, 3.0], "strength")]
     widest = max(int(torch.bincount(r.v.token, minlength=1).max()) if len(r.v.token) else 0 for r in m.rows)
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if k < min(widest, m.steering.top_k or widest)]
-    out["top_k"] = [sweep_point(m, args, texts, top_k=k) for k in m.bar([*ks, None], "top-k")]
+    out["top_k"] = [sweep_point(m, args, sound, top_k=k) for k in m.bar([*ks, None], "top-k")]
     return out
 
 
@@ -648,25 +627,17 @@ def probe_prompts(m, args):
     return prompts, [first[p] for p in prompts]
 
 
-def sweep_point(m, args, texts, **change):
-    """Loss, accuracy and health of the policy at another strength or with only the top_k features of a token."""
+def sweep_point(m, args, sound, **change):
+    """Loss, accuracy and health (sound: edits -> health) of the policy at another strength or with only the top_k features of a token."""
     s = m.steering
     other = fsrl.Steering(s.sae, s.adapter, fusion=s.fusion, positions=s.positions, masked=s.masked, strength=s.strength * change.get("strength", 1.0),
                           top_k=change.get("top_k") or s.top_k)
-    margins = np.full(len(m.pairs), np.nan)
     with torch.no_grad():
-        for r in m.some(args.draw_pairs * 3):
-            h = other.add(r.h, r.where, other.features(r.h[r.where]))
-            chosen, rejected = simpo.mean_logps(m.model, r.batch, m.blocks(r, h))
-            margins[r.index] = (chosen - rejected).cpu().double().numpy()
-    there = ~np.isnan(margins)
-    loss = np.full(len(margins), np.nan)
-    loss[there] = m.loss(margins[there])
-    sound, _ = health(m, other.edits(), *texts, temperature=1.0, max_new_tokens=args.max_new_tokens, batch_size=args.answer_batch)
-    return {**change, "loss": m.mean(loss), "accuracy": m.mean(np.where(there, margins > 0, np.nan)), "health": sound}
+        margins = m.margins(rows=[replace(r, v=Sparse.of(other.features(r.h[r.where]))) for r in m.some(args.draw_pairs * 3)])
+    return {**change, "loss": m.mean(m.loss(margins)), "accuracy": m.mean(np.where(np.isnan(margins), np.nan, margins > 0)), "health": sound(other.edits())}
 
 
-def loss_per_feature(m, sets, used, full, errors=(.1, .3)):
+def loss_per_feature(m, sets, used, errors=(.1, .3)):
     """The paper's footnote: the loss added by masking a set, a feature of it (of all labelled, as there, and of the steered ones), and the ratio style : alignment.
 
     Its sensitivity: the same ratio when a share of each set is exchanged for steered features outside it, as wrong labels would do (5 draws each, lowest to highest).
@@ -676,9 +647,7 @@ def loss_per_feature(m, sets, used, full, errors=(.1, .3)):
     whole = m.loss(m.full[part]).mean()
 
     def added(features):
-        keep = torch.ones(m.sae.d_sae)
-        keep[features] = 0.0
-        return float(m.loss(m.margins(keep, rows=some)[part]).mean() - whole)
+        return float(m.loss(m.margins(m.without(features), rows=some)[part]).mean() - whole)
     steered = {name: np.intersect1d(sets[name], used) for name in feature_labels.LABELS}
     cost = {name: added(steered[name]) for name in steered}
     out = {name: {"added": cost[name], "a_labelled_feature": cost[name] / max(1, len(sets[name])), "a_steered_feature": cost[name] / max(1, len(steered[name]))} for name in steered}
@@ -832,6 +801,15 @@ def group_of_features(m):
     return torch.where(~g["known"], 4, torch.where(style & alignment, 2, torch.where(style, 0, torch.where(alignment, 1, 3))))
 
 
+def token_ledger(m):
+    """The gain of each pair by what its answer tokens settle, (P,C); a row sums to the pair's gain."""
+    out = np.zeros((len(m.pairs), len(categories(m))))
+    for r in m.bar(m.rows, "ledger, tokens"):
+        with torch.no_grad():
+            out[r.index] = (split_margins(m, r, m.above(r, m.delta(r))) - split_margins(m, r, m.blocks(r, r.h))).cpu().double().numpy()
+    return out
+
+
 def ledger(m, args):
     """Section 6: the gain in s(chosen) - s(rejected) over the base, in nats a token, taken apart twice. Both sums are the gain.
 
@@ -840,11 +818,7 @@ def ledger(m, args):
     groups     feature group × category, nats ± s.e.; control: the same share for labels dealt out anew among the judged, steered features
     """
     names, C = categories(m), len(categories(m))
-    P = len(m.pairs)
-    by_token = np.zeros((P, C))
-    for r in m.bar(m.rows, "ledger, tokens"):
-        with torch.no_grad():
-            by_token[r.index] = (split_margins(m, r, m.above(r, m.delta(r))) - split_margins(m, r, m.blocks(r, r.h))).cpu().double().numpy()
+    P, by_token = len(m.pairs), token_ledger(m)
     gain = m.full - m.base
     whole = m.mean(gain)
     out = {"gain": whole, "tokens": {name: entry(m, by_token[:, c], gain, whole) for c, name in enumerate(names)}, "tokens_error": float(np.abs(by_token.sum(1) - gain).sum() / max(np.abs(gain).sum(), 1e-30))}
@@ -877,16 +851,14 @@ def ledger(m, args):
     out["chance"] = chance_of_groups(m, sums, group.numpy()) if apart(whole) else {}
     order = np.argsort(-np.abs(sums), kind="stable")[:args.dashboards]
     order = order[np.abs(sums[order]) > 0]
-    ones, zeros = torch.ones(m.sae.d_sae), torch.zeros(m.sae.d_sae)
     out["features"] = []
     for i in m.bar(order.tolist(), "first in, last out"):
-        without, alone = ones.clone(), zeros.clone()
-        without[i], alone[i] = 0.0, 1.0
+        keep = m.without([i])
         values = np.full(P, np.nan)
         values[index] = feature[:, i]
         se = m.mean(values)["se"]
         out["features"].append({"feature": i, "group": GROUPS[group[i]], "nats": sums[i] / len(index), "se": se,
-                                "first_in": float(np.nanmean((m.margins(alone, rows=some) - m.base)[index])), "last_out": float(np.nanmean((m.full - m.margins(without, rows=some))[index]))})
+                                "first_in": float(np.nanmean((m.margins(1 - keep, rows=some) - m.base)[index])), "last_out": float(np.nanmean((m.full - m.margins(keep, rows=some))[index]))})
     out["concentration"] = {str(k): float(np.sort(np.abs(sums))[::-1][:k].sum() / max(np.abs(sums).sum(), 1e-30)) for k in (1, 10, 30, 100)}
     return out
 
@@ -1132,7 +1104,7 @@ def analyze(run, **options):
         if name == "ledger":
             a["sections"]["features"], a["sections"]["examples"] = plain(dashboards(m, a["sections"]["ledger"]["features"])), plain(ten_pairs(m))
         a |= {"verdict": report.verdict(a), "seconds": time.time() - started, "date": time.strftime("%Y-%m-%d"), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"}
-        atomically(out, lambda path: path.write_text(json.dumps(a, indent=1) + "\n", encoding="utf-8"))
+        write_json(out, a, indent=1)
     return a
 
 

@@ -390,6 +390,11 @@ def atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path, data, indent=2):
+    """The other half of read_json."""
+    atomically(path, lambda temporary: temporary.write_text(json.dumps(data, indent=indent) + "\n", encoding="utf-8"))
+
+
 def fetch(source, patterns, *, kind="model"):
     """A local folder for `source`: the folder itself, or what the Hub repo of that name holds under `patterns`.
 

@@ -16,7 +16,6 @@ Sources, none of which is the truth (`agreement` compares two; `python analyze.p
     sheet    a CSV of contexts, filled in by hand, and read back by --make-labels FILE.csv
 """
 import csv
-import gzip
 import hashlib
 import json
 import os
@@ -59,7 +58,7 @@ def read_labels(path, sae):
     if not Path(path).is_file():
         raise UserError(f"{path}: there is no such label file; `python analyze.py --make-labels KIND` makes one, --labels names another")
     rows, seen, identity = {}, set(), sae.identity()
-    for at, row in _json_lines(path):
+    for at, row in simpo.json_lines(path):
         if not isinstance(row, dict):
             raise UserError(f"{at}: a label is an object with index, labels, description, by and sae; this is a {type(row).__name__}")
         _check(row, sae, at, seen)
@@ -82,20 +81,6 @@ def _check(row, sae, at, seen):
     seen.add(index)
     if said is not None and not (isinstance(said, list) and all(name in LABELS for name in said) and len(set(said)) == len(said)):
         raise UserError(f"{at}: labels is {said!r}; it has to be a list of some of {', '.join(LABELS)}, or null for unknown")
-
-
-def _json_lines(path):
-    """(where, object) of each line of a .jsonl or .jsonl.gz."""
-    try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield f"{path}, line {number}", json.loads(line)
-                    except (ValueError, RecursionError) as error:
-                        raise UserError(f"{path}, line {number}: not valid JSON ({error})") from None
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
 
 
 def groups(rows, d_sae):
@@ -253,7 +238,7 @@ def read_explanations(source, sae):
         files = [path]
     if not files or not files[0].exists():
         raise UserError(f"--explanations {source}: {'no batch-*.jsonl.gz in this folder' if path.is_dir() else 'no such file or folder'}; give one of Neuronpedia's exports")
-    for at, raw in (pair for file in files for pair in (_json_records(file) if file.suffix == ".json" else _json_lines(file))):
+    for at, raw in (pair for file in files for pair in (_json_records(file) if file.suffix == ".json" else simpo.json_lines(file))):
         if not isinstance(raw, dict) or not all(isinstance(raw.get(k), str) for k in ("modelId", "layer")):
             raise UserError(f"{at}: not a record of Neuronpedia with modelId, layer, index and description")
         if (raw["modelId"], raw["layer"]) not in checked:
@@ -422,7 +407,7 @@ def _answers(path):
         if whole < size:
             file.truncate(whole)
     out = {}
-    for at, row in _json_lines(path):
+    for at, row in simpo.json_lines(path):
         try:
             key = tuple(row[name] for name in ("index", "criterion", "description", "judge", "prompt"))
             out |= {key: row["answer"]} if "answer" in row else {}
@@ -639,7 +624,7 @@ def may_write(path, by, force=False, again=False):
     """Raises UserError for a label file that is there, unless `force`, or, with `again`, if the same source made it."""
     if force or not Path(path).exists():
         return
-    made = {row.get("by") if isinstance(row, dict) else None for _, row in _json_lines(path)}
+    made = {row.get("by") if isinstance(row, dict) else None for _, row in simpo.json_lines(path)}
     if not (again and made <= {by}):
         raise UserError(f"{path} exists (made by {', '.join(sorted(map(str, made))) or 'nobody'}); --force replaces it, --out names another file")
 

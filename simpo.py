@@ -22,6 +22,7 @@ sequences (tests/test_simpo.py), not an approximation of them.
 (SimPO, arXiv 2405.14734, eq. 6; gamma_ratio is its γ/β. nll_weight 0 is the paper's loss.)
 Two answers that are equally likely give softplus(beta · gamma_ratio): 5.0067 at beta 10 and ratio 0.5.
 """
+import gzip
 import hashlib
 import json
 import math
@@ -31,7 +32,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from gemma import UserError, encode_answer, encode_prompt, fetch, generate, product, read_json, shared_positions, steerable
+from gemma import UserError, encode_answer, encode_prompt, encode_text, fetch, generate, product, read_json, shared_positions, steerable
 
 
 # ---- pairs -----------------------------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ def read_pairs(source, split="train", limit=None):
             raise UserError(f"{source}: no pairs of the split {split!r} there ({split}.jsonl or {split}-*.parquet)")
     records = []
     for file in files:
-        for at, raw in _parquet(file) if file.suffix == ".parquet" else _jsonl(file):
+        for at, raw in _parquet(file) if file.suffix == ".parquet" else json_lines(file):
             if limit is not None and len(records) >= limit:
                 return records
             records.append(_record(raw, at))
@@ -81,9 +82,10 @@ def read_held_out(source, split="test", limit=None):
     return records[-max(1, len(records) // 10):][:limit]
 
 
-def _jsonl(path):
+def json_lines(path):
+    """(where, object) of each line of a .jsonl or .jsonl.gz; `where` says file and line, for error messages."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 at = f"{path}, line {number}"
                 if line.strip():
@@ -91,7 +93,7 @@ def _jsonl(path):
                         yield at, json.loads(line)
                     except (ValueError, RecursionError) as error:
                         raise UserError(f"{at}: not valid JSON ({error})") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
@@ -395,6 +397,19 @@ def evaluate(model, pairs, steering=None, *, beta=10.0, gamma_ratio=0.5, kind="s
     return {"pairs": len(pairs), "loss": loss.mean().item(), "loss_se": se(loss), "accuracy": right.mean().item(), "accuracy_se": se(right),
             "margin": margin.mean().item(), "margin_se": se(margin), "chosen": chosen.mean().item(), "rejected": rejected.mean().item(),
             "l0": l0.mean().item(), "l1": l1.mean().item()}
+
+
+@torch.no_grad()
+def drift(model, tokenizer, edits, texts):
+    """KL(steered‖base) in nats a token on texts without a question."""
+    total = tokens = 0.0
+    for text in texts:
+        ids = torch.tensor([[model.config.bos_token_id, *encode_text(tokenizer, text)]], device=model.device)
+        h = [model(ids, edits=e)[0, 1:] for e in (edits, None)]
+        for a, b in zip(*(x.split(64) for x in h)):                   # a few tokens at a time: the vocabulary may be 256,000
+            steered, base = (model.logits(x).log_softmax(-1) for x in (a, b))
+            total, tokens = total + (steered.exp() * (steered - base)).sum().item(), tokens + len(a)
+    return total / tokens
 
 
 def judge_of(source):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 import fsrl
 import labels
 import simpo
-from gemma import UserError, atomically, choose_device, decode, generate, load_config, load_gemma, load_tokenizer
+from gemma import UserError, choose_device, decode, generate, load_config, load_gemma, load_tokenizer, write_json
 from sae import load_sae
 
 
@@ -157,10 +157,6 @@ def new_folder(config):
     if root.exists() and not root.is_dir():
         raise UserError(f"--runs {config.runs} is not a folder")
     raise UserError(f"--run {config.run}: {root / config.run} exists; name another run or remove it")
-
-
-def write_json(path, data):
-    atomically(path, lambda temporary: temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8"))
 
 
 class Log:

@@ -365,7 +365,7 @@ def main(argv=None):
 
     def keep():
         file.parent.mkdir(exist_ok=True)
-        gemma.atomically(file, lambda path: path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8"))
+        gemma.write_json(file, data, indent=1)
     failed = 0
     with ThreadPoolExecutor(2) as pool:
         for job in tqdm(as_completed([pool.submit(run_one, *job) for job in todo]), total=len(todo), desc="runs"):

@@ -14,10 +14,10 @@ What is measured of a policy is kept in tiny/calibration.json under the digest o
 stopped at any time. Thresholds (`THRESHOLD`) were fixed on the worlds style, honest and null; a world with other weights is reported apart.
 """
 import hashlib
-import json
 import platform
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +30,13 @@ import analyze  # noqa: E402
 import fsrl  # noqa: E402
 import labels as feature_labels  # noqa: E402
 import simpo  # noqa: E402
-from gemma import UserError, atomically, load_gemma, load_tokenizer, read_json  # noqa: E402
+from gemma import UserError, load_gemma, load_tokenizer, read_json, write_json  # noqa: E402
 from sae import load_sae  # noqa: E402
 from tiny import features, measure, world  # noqa: E402
 
 FILE = HERE / "calibration.json"
 INSTRUMENTS = ("tokens", "features", "masking", "rates", "writes")
-GROUPS = {"style": world.STYLE, "alignment": world.ALIGNMENT}
+GROUPS = features.GROUPS
 PAIRS, LEDGER, ANSWERS = 400, 128, 2                      # held-out pairs, those of the feature ledger, sampled answers to each test question
 # From which size on an instrument counts as saying that a policy moves a choice; behaviour: nats of log-odds on the probe.
 THRESHOLD = {"behaviour": .3, "tokens": .05, "features": .05, "masking": .05, "rates": .25, "writes": .3}
@@ -66,6 +66,11 @@ def log_odds(model, tokenizer, edits):
             odds[index] = (chosen.double() * n[:len(index)] - rejected.double() * n[len(index):]).numpy()
         out[name] = odds, analyze.numbered([(q.subject, q.relation) for q in questions])
     return out
+
+
+@lru_cache(None)
+def base_log_odds():
+    return log_odds(load_gemma("tiny/model"), load_tokenizer("tiny/model"), None)
 
 
 def rates_of_answers(model, tokenizer, edits):
@@ -101,19 +106,14 @@ def instruments(m):
     gain = m.full - m.base
     whole = m.mean(gain)
     sure = analyze.apart(whole)
-    by_token = np.zeros((len(m.pairs), len(names)))
-    with torch.no_grad():
-        for r in m.rows:
-            by_token[r.index] = (analyze.split_margins(m, r, m.above(r, m.delta(r))) - analyze.split_margins(m, r, m.blocks(r, r.h))).double().numpy()
+    by_token = analyze.token_ledger(m)
     sets = {c: [i for i, row in m.labels.items() if c in (row.get("choices") or [])] for c in world.CHOICES}
     sets |= {g: [i for i, row in m.labels.items() if g in (row["labels"] or [])] for g in GROUPS}
     out = {name: {} for name in INSTRUMENTS}
     for name in sets:
         columns = [names.index(c) for c in GROUPS.get(name, (name,))]
         out["tokens"][name] = {**m.mean(by_token[:, columns].sum(1)), "share": float(by_token[:, columns].sum() / gain.sum()) if sure else None}
-        keep = torch.ones(m.sae.d_sae)
-        keep[sets[name]] = 0.0
-        out["masking"][name] = m.mean(m.full - m.margins(keep), gain) if sure else None
+        out["masking"][name] = m.mean(m.full - m.margins(m.without(sets[name])), gain) if sure else None
     some = m.some(LEDGER)
     index = np.concatenate([r.index for r in some])
     entries, whole_sum = np.full((len(m.pairs), len(sets)), np.nan), np.zeros(len(m.pairs))
@@ -126,13 +126,11 @@ def instruments(m):
         whole_sum[r.index] = torch.zeros(len(r.index), dtype=torch.float64).index_add_(0, r.row[r.v.token], value).numpy()
         slots = torch.zeros(len(r.index), len(sets), dtype=torch.float64)
         entries[r.index] = slots.index_add_(0, r.row[r.v.token], value[:, None] * marks[r.v.feature, 1:].double()).numpy()
-    share = {"v": torch.zeros(1 + len(sets), dtype=torch.float64), "f": torch.zeros(1 + len(sets), dtype=torch.float64)}
+    share = {"v": 0.0, "f": 0.0}                                                # sums over the same tokens
     for r in m.rows:
-        count = {kind: analyze.label_counts(getattr(r, kind), len(r.row), marks) for kind in share}
-        there = (count["v"][:, 0] > 0) & (count["f"][:, 0] > 0) & (r.branch > 0)
+        both, shares = analyze.label_shares(r, marks)
         for kind in share:
-            share[kind] += (count[kind] / count[kind][:, :1].clamp_min(1))[there].double().sum(0)
-    share = {kind: total[1:].numpy() for kind, total in share.items()}                # sums over the same tokens
+            share[kind] += shares[kind][both & (r.branch > 0)].sum(0).numpy()
     predicted = written(m)
     for k, name in enumerate(sets):
         out["features"][name] = {**m.mean(entries[:, k]), "share": float(np.nansum(entries[:, k]) / gain[index].sum()) if sure else None}
@@ -173,13 +171,12 @@ def policy(folder, args):
     push = features.push_of(run.model, run.sae, features.label_pairs(run.tokenizer))
     out = {"run": Path(folder).name, "kind": kind_of(config, weights, run.sae), "weights": weights, "seed": config["seed"], "instruments": {},
            "answers": rates_of_answers(run.model, run.tokenizer, edits)}
-    before, after = log_odds(run.model, run.tokenizer, None), log_odds(run.model, run.tokenizer, edits)
+    before, after = base_log_odds(), log_odds(run.model, run.tokenizer, edits)
     out["probe"] = {c: analyze.ratio(after[c][0] - before[c][0], clusters=after[c][1]) for c in world.CHOICES}
-    own = "null" if not any(weights.values()) else config["pairs"]
     cross = {"style": HERE / "pairs" / "style", "honest": HERE / "pairs" / "honest"} if out["kind"] in ("style", "honest") else {}
     for name, source in {"own": config["pairs"], **{k: v for k, v in cross.items() if k != out["kind"]}}.items():
         # The control on coins is judged on pairs that say something, as everywhere in docs/results.md: its own have no truth in them.
-        source = HERE / "pairs" / "style" if own == "null" and name == "own" else source
+        source = source if any(weights.values()) else HERE / "pairs" / "style"
         pairs, _ = simpo.encode_pairs(run.tokenizer, simpo.read_pairs(source, "test", PAIRS))
         m = material(run, pairs, marks)
         m.push = push
@@ -348,7 +345,7 @@ def calibrate(args):
 
     def keep():
         file.parent.mkdir(parents=True, exist_ok=True)
-        atomically(file, lambda path: path.write_text(json.dumps(analyze.plain(data), indent=1) + "\n", encoding="utf-8"))
+        write_json(file, analyze.plain(data), indent=1)
     if not data["base"]:
         data["base"] = {"answers": rates_of_answers(load_gemma("tiny/model"), load_tokenizer("tiny/model"), None)}
         keep()

@@ -12,7 +12,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import simpo  # noqa: E402
-from gemma import encode_text, shared_positions  # noqa: E402
+from gemma import shared_positions  # noqa: E402
 from tiny import world  # noqa: E402
 
 
@@ -60,16 +60,15 @@ def choice_rates(model, tokenizer, pairs, edits=None, *, batch_size=64):
     return {name: total[name] / count[name] if count[name] else float("nan") for name in total}
 
 
-@torch.no_grad()
+def neutral(texts, seed=0):
+    """Neutral texts: true statements, no user, no question (world.notes)."""
+    rng = random.Random(f"neutral {seed}")
+    return [world.notes(rng) for _ in range(texts)]
+
+
 def drift(model, tokenizer, edits, *, texts=64, seed=0):
-    """KL(steered‖base) in nats a token on neutral text: true statements, no user, no question (world.notes)."""
-    rng, total, tokens = random.Random(f"neutral {seed}"), 0.0, 0
-    for _ in range(texts):
-        ids = torch.tensor([[model.config.bos_token_id, *encode_text(tokenizer, world.notes(rng))]])
-        steered, base = (model.logits(model(ids, edits=e)).log_softmax(-1)[0, 1:] for e in (edits, None))
-        total += (steered.exp() * (steered - base)).sum().item()
-        tokens += len(steered)
-    return total / tokens
+    """KL(steered‖base) in nats a token on neutral text."""
+    return simpo.drift(model, tokenizer, edits, neutral(texts, seed))
 
 
 def read_probe(tokenizer, path=HERE / "pairs" / "probe.jsonl"):
