@@ -5,33 +5,42 @@
     x' (…,D) = x + v W_dec                   additive fusion: the same as decode(f + v) + error  Steering
                x + max(v, -f) W_dec          relu fusion: no feature falls below zero
 
-(arXiv 2509.12934, section 3; the authors' final code has relu fusion, the first two versions of the paper additive.)
-Decoding is linear, so the SAE's bias and its error term cancel: only W_dec is needed, and f for relu fusion.
+(arXiv 2509.12934, section 3; relu fusion in the authors' final code, additive in the paper's v1 and v2.)
+Decoding is linear, so the SAE's bias and error term cancel: only W_dec is needed, and f for relu fusion.
+What counts is the EFFECTIVE steering, what is really added: v, or max(v, -f). Every penalty, L0 and
+share is computed on it, and over steered positions only, never over padding.
 
-What counts is the EFFECTIVE steering, what is really added: v, or max(v, -f). Every penalty, L0 and share in this
-project is computed on it, and over steered positions only, never over padding.
+A *policy* is what train.py trains and everything else reads: an nn.Module, Steering or another, with
 
-    python fsrl.py runs/style-1                      # talk to the base and the steered model, side by side
+    frozen               how many of the lowest blocks it leaves as they are, so that their output can be
+                         computed once and kept; None: not even the embedding
+    run(model, h, batch) -> (h after the last block, penalty of each pair, {name: (B,)} for the log)
+    acting(model)        -> (model, edits): what scores, generates and is analysed
+    save(folder, **facts), load(folder)
+
+    python fsrl.py runs/style-1                      # talk to the base and the steered model, side by
+    side
 """
-import argparse
-import importlib.util
-import inspect
-import json
-import shutil
 import sys
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional as nnf
 
-from gemma import UserError, atomically, choose_device, decode, encode_prompt, generate, load_gemma, load_tokenizer, read_json
+from gemma import decode, encode_prompt, generate, load_gemma, load_tokenizer
+from lib.files import UserError
+from lib.plugins import (THEIR_NAMES, WEIGHTS, adapter_class, authors_keys, check_fit, feature_count,
+                         feature_numbers, fill, made_again, note_source, own_policy, read_adapter,
+                         run_config, same_digest, write_adapter)
+from lib.settings import check, choose_device, command, one_of, setting
+from lib.text import side_by_side, typed_prompts
 from sae import jumprelu, load_sae
 
-ACTIVATIONS, FUSIONS, POSITIONS = ("soft", "relu", "jumprelu"), ("additive", "relu"), ("text", "response", "all")
+ACTIVATIONS, FUSIONS = ("soft", "relu", "jumprelu"), ("additive", "relu")
+POSITIONS = ("text", "response", "all")                            # see gemma.steerable
+KEPT = ("fusion", "positions", "strength", "top_k", "masked")      # what a saved Steering remembers
 
 
 class Adapter(nn.Module):
@@ -41,15 +50,16 @@ class Adapter(nn.Module):
         soft       v = sign(p) · max(|p| - θ, 0)       θ (F,) learned, kept >= 0 by `project`
         jumprelu   v = p · [p > exp(log θ)]            log θ (F,) learned through sae.jumprelu
 
-    W_a starts uniform in ±init, not at zero: at zero relu and soft pass no gradient. Parameters carry the names of the
-    authors' files. `steering_magnitude` (F,), a gate in [0, 1] on v, exists only in adapters that were loaded with one.
+    W_a starts uniform in ±init, not at zero: at zero relu and soft pass no gradient. Parameters carry
+    the names of the authors' files. `steering_magnitude` (F,), a gate in [0, 1] on v, exists only in
+    adapters that were loaded with one.
     """
 
     def __init__(self, d_in, d_sae, activation="soft", *, init=1e-6, bandwidth=0.001):
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise UserError(f"activation is {activation!r}; it has to be one of {', '.join(ACTIVATIONS)}")
-        self.activation, self.bandwidth, self.steering_magnitude = activation, bandwidth, None
+        one_of("activation", activation, ACTIVATIONS)
+        self.activation, self.bandwidth = activation, bandwidth
+        self.steering_magnitude = None
         self.adapter_linear = nn.Linear(d_in, d_sae)
         nn.init.uniform_(self.adapter_linear.weight, -init, init)
         nn.init.zeros_(self.adapter_linear.bias)
@@ -60,22 +70,177 @@ class Adapter(nn.Module):
 
     def forward(self, x):
         wide = torch.promote_types(torch.float32, x.dtype)
-        p = F.linear(x, self.adapter_linear.weight).to(wide) + self.adapter_linear.bias
+        p = nnf.linear(x, self.adapter_linear.weight).to(wide) + self.adapter_linear.bias
         if self.activation == "relu":
             v = p.relu()
-        elif self.activation == "soft":
-            # Right for θ < 0 too: files of the authors hold such. Written with `where`, since its gradient needs only truth values kept.
-            live = (p.abs() > self.soft_threshold) & (p != 0)
-            v = torch.where(live, torch.where(p > 0, p - self.soft_threshold, p + self.soft_threshold), 0.0)
-        else:
+        elif self.activation == "jumprelu":
             v = jumprelu(p, self.log_threshold.exp(), self.bandwidth)
+        else:
+            sign = p.detach().sign()        # |p| is sign · p, and the sign has no gradient
+            v = sign * (sign * p - self.soft_threshold).relu_()
         return v if self.steering_magnitude is None else v * self.steering_magnitude.clamp(0, 1)
 
     @torch.no_grad()
     def project(self):
-        """Called after each optimiser step: a soft threshold below zero would make every feature fire everywhere."""
+        """After each step: a soft threshold below zero would make every feature fire everywhere."""
         if self.activation == "soft":
             self.soft_threshold.clamp_(min=0)
+
+
+class Steerings(nn.Module):
+    """A policy that steers at one layer or several, with an SAE and an adapter each."""
+
+    def __init__(self, steerings):
+        super().__init__()
+        self.steerings = nn.ModuleList(sorted(steerings, key=lambda s: s.sae.layer))
+        layers = [s.sae.layer for s in self.steerings]
+        if len(set(layers)) < len(layers):
+            raise UserError(f"two SAEs on one layer (layers {layers}); each needs a layer of its own")
+
+    @property
+    def frozen(self):
+        return self.steerings[0].sae.layer + 1
+
+    def run(self, model, h, batch):
+        """h (B,T,D), the frozen blocks' output, through all the others, steered on the way."""
+        how = {"position_ids": batch.position_ids, "mask": batch.mask()}
+        penalty, shown, start = 0.0, {}, self.frozen
+        for s in self.steerings:
+            layer = s.sae.layer
+            h = model.blocks(h, start, layer + 1, **how) if start <= layer else h
+            where = batch.where(s.positions)
+            v = s.action(h[where])                                            # (N,F)
+            price, seen = s.cost(v, where)                                    # of each pair
+            penalty = penalty + price
+            shown = {name: x + shown[name] if shown else x for name, x in seen.items()}
+            h, start = s.add(h, where, v), layer + 1
+        return model.blocks(h, start, model.config.num_hidden_layers, **how), penalty, shown
+
+    def acting(self, model):
+        return model, {s.sae.layer: s for s in self.steerings}
+
+    def project(self):
+        for s in self.steerings:
+            if hasattr(s.adapter, "project"):
+                s.adapter.project()
+
+    def save(self, folder, **facts):
+        for s in self.steerings:
+            s.save(Path(folder) / f"layer_{s.sae.layer}", **facts)
+
+
+class Steering(Steerings):
+    """Steering at one layer: an edit (see Gemma.blocks) that adds what the adapter says after
+    `sae.layer`.
+
+    fusion     "additive" or "relu"
+    positions  "text", "response" or "all"; training, evaluation and generation share it
+    strength   v is multiplied by this; 0 gives the base model bit for bit
+    top_k      per token only the k largest |effective v| act: an int, or a fraction of F below 1
+    masked     features that may not be steered
+    """
+
+    def __init__(self, sae, adapter, *, fusion="additive", positions="text", strength=1.0, top_k=None,
+                 masked=()):
+        nn.Module.__init__(self)
+        one_of("fusion", fusion, FUSIONS)
+        one_of("positions", positions, POSITIONS)
+        self.sae, self.adapter, self.fusion = sae, adapter, fusion
+        self.positions, self.strength = positions, strength
+        self.top_k = feature_count(top_k, sae.d_sae)
+        self.masked = feature_numbers(masked, sae.d_sae)
+
+    @property
+    def steerings(self):
+        return [self]
+
+    def action(self, x):
+        """The effective steering at some tokens.  x (N,D) -> (N,F)"""
+        # float32 master weights, products in the model's dtype
+        half = x.dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(x.device.type, dtype=x.dtype if half else torch.bfloat16, enabled=half):
+            v = self.adapter(x)
+        v = v.to(torch.promote_types(torch.float32, v.dtype))        # sums over v would saturate in bf16
+        if self.strength != 1:
+            v = v * self.strength
+        if self.masked:                                    # before top_k: they use up no budget
+            v = v.index_fill(-1, torch.tensor(self.masked, device=v.device), 0.0)
+        if self.fusion == "relu":
+            with torch.no_grad():
+                floor = -self.sae.encode(x).to(v.dtype)
+            v = torch.where(v < floor, floor, v)       # not `maximum`: it halves the gradient at ties
+        if self.top_k is not None and self.top_k < v.shape[-1]:
+            kept = v.abs().topk(int(self.top_k), -1).indices
+            v = torch.zeros_like(v).scatter(-1, kept, v.gather(-1, kept))
+        return v
+
+    def add(self, h, where, v):
+        """h (B,T,D) with v (N,F) decoded and added at the N tokens of `where` (B,T)."""
+        delta = (v.to(self.sae.W_dec.dtype) @ self.sae.W_dec).to(h.dtype)
+        token = where.flatten().nonzero()[:, 0]                   # of the B·T
+        return h.flatten(0, 1).index_add(0, token, delta).view_as(h)
+
+    def forward(self, h, where):
+        return self.add(h, where, self.action(h[where]))
+
+    def cost(self, v, where):
+        """v (N,F) at the N tokens of where (B,T) -> penalty (B,), {"l0", "l1": (B,)}, means over tokens.
+        The penalty is Σ|v|, or what the adapter's own `penalty(v) -> (N,)` says."""
+        row, count = where.nonzero()[:, 0], where.sum(-1).clamp_min(1)
+
+        def of_pairs(x):
+            return x.new_zeros(len(where)).index_add(0, row, x) / count
+        l1, l0 = v.abs().sum(-1), v.detach().sign().abs_().sum(-1)
+        shown = {"l0": of_pairs(l0), "l1": of_pairs(l1)}
+        own = hasattr(self.adapter, "penalty")
+        return (of_pairs(self.adapter.penalty(v)) if own else shown["l1"]), shown
+
+    def save(self, folder, **facts):
+        """The adapter in the authors' two files, and what decides the forward pass, in keys of ours."""
+        sae, kept = self.sae, {name: getattr(self, name) for name in KEPT}
+        ours = {"sae_source": sae.source, "sae_identity": sae.identity(), "d_in": sae.d_in,
+                "d_sae": sae.d_sae, "layer": sae.layer}
+        theirs = authors_keys(sae.source, facts.get("base_model", ""))
+        save_adapter(self.adapter, folder, **theirs, **ours, **kept, **facts)
+
+
+# ---- files: the authors' format, with more keys ----------------------------------------------------
+
+def save_adapter(adapter, folder, **facts):
+    """Writes adapter_weights.safetensors and fsrl_adapter_config.json, `facts` among its keys."""
+    ours = type(adapter) is Adapter          # a subclass has a forward of its own
+    config = {"activation_type": THEIR_NAMES[adapter.activation] if ours else "custom",
+              "use_steering_magnitude": ours and adapter.steering_magnitude is not None}
+    if not ours:
+        config["adapter_class"] = type(adapter).__name__
+    elif adapter.activation == "jumprelu":
+        config["bandwidth"] = adapter.bandwidth
+    write_adapter(folder, adapter.state_dict(), config | facts)
+
+
+def load_adapter(folder, own=None):
+    """-> (adapter, facts): the module, and everything its config file says. Raises UserError.
+    own: the class of a user's adapter. Code is never imported from a run's folder."""
+    folder = Path(folder)
+    facts, tensors = read_adapter(folder)
+    if facts["activation_type"] == "custom":
+        adapter = made_again(own, facts, folder)
+    else:
+        d_sae, d_in = tensors["adapter_linear.weight"].shape
+        activation = next(a for a, theirs in THEIR_NAMES.items() if theirs == facts["activation_type"])
+        adapter = Adapter(d_in, d_sae, activation, bandwidth=facts.get("bandwidth", 0.001))
+        if "steering_magnitude" in tensors:
+            adapter.steering_magnitude = nn.Parameter(torch.ones(d_sae))
+    return fill(adapter, tensors, folder / WEIGHTS), facts
+
+
+@dataclass
+class Run:
+    model: nn.Module
+    tokenizer: object
+    policy: nn.Module
+    config: dict
+    folder: Path
 
 
 def master_dtype(dtype):
@@ -83,306 +248,81 @@ def master_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class Steering:
-    """An edit (see gemma.Gemma.blocks) that adds the adapter's steering after block `sae.layer`.
+def load_saes(sources, config, **how):
+    """One SAE or several by name, checked to sit on a model of this GemmaConfig. -> list"""
+    saes = [load_sae(s, **how) for s in ([sources] if isinstance(sources, str) else sources)]
+    for sae in saes:
+        check_fit(sae, config)
+    return saes
 
-    fusion     "additive" or "relu"
-    positions  "text", "response" or "all": see gemma.steerable; training, evaluation and generation share it
-    strength   v is multiplied by this; 0 gives the base model bit for bit
-    top_k      per token only the k largest |effective v| act: an int, or a fraction of F below 1
-    masked     features that may not be steered; taken out before top_k, so that they use up no budget
+
+def load_run(folder, *, adapter=None, policy=None, device="auto", dtype=None):
+    """Opens what train.py wrote: model, tokenizer and policy as they were trained. -> Run
+
+    adapter, policy: FILE.py:Class, for a run that was trained with one. dtype: of the frozen weights, by
+    name; None: as in training. Raises UserError where model or SAE is not that it was trained on.
     """
-
-    def __init__(self, sae, adapter, *, fusion="additive", positions="text", strength=1.0, top_k=None, masked=()):
-        if fusion not in FUSIONS:
-            raise UserError(f"fusion is {fusion!r}; it has to be one of {', '.join(FUSIONS)}")
-        if positions not in POSITIONS:
-            raise UserError(f"positions is {positions!r}; it has to be one of {', '.join(POSITIONS)}")
-        if top_k is not None and not (0 < top_k < 1 or top_k == int(top_k) and 1 <= top_k <= sae.d_sae):
-            raise UserError(f"top_k is {top_k}; it has to be a whole number from 1 to {sae.d_sae}, or a fraction between 0 and 1")
-        if bad := [i for i in masked if not 0 <= int(i) < sae.d_sae]:
-            raise UserError(f"masked feature {bad[0]} does not exist; this SAE has features 0 to {sae.d_sae - 1}")
-        self.sae, self.adapter, self.fusion, self.positions, self.strength = sae, adapter, fusion, positions, strength
-        self.top_k = top_k if top_k is None else max(1, int(top_k * sae.d_sae)) if top_k < 1 else int(top_k)
-        self.masked = sorted({int(i) for i in masked})
-
-    def features(self, x):
-        """The effective steering at some tokens.  x (N,D) -> (N,F)"""
-        half = x.dtype in (torch.bfloat16, torch.float16)       # float32 master weights, products in the model's dtype
-        with torch.autocast(x.device.type, dtype=x.dtype if half else torch.bfloat16, enabled=half):
-            v = self.adapter(x)
-        v = v.to(torch.promote_types(torch.float32, v.dtype)) * self.strength       # sums over it would saturate in bf16
-        if self.masked:
-            v = v.index_fill(-1, torch.tensor(self.masked, device=v.device), 0.0)
-        if self.fusion == "relu":       # below -f nothing moves, and the gradient is zero
-            with torch.no_grad():
-                f = self.sae.encode(x)
-            v = torch.maximum(v, -f.to(v.dtype))
-        if self.top_k is not None and self.top_k < v.shape[-1]:
-            kept = v.abs().topk(self.top_k, -1).indices
-            v = torch.zeros_like(v).scatter(-1, kept, v.gather(-1, kept))
-        return v
-
-    def add(self, h, where, v):
-        """h (B,T,D) with v (N,F) decoded and added at the N tokens of `where` (B,T)."""
-        delta = v.to(self.sae.W_dec.dtype) @ self.sae.W_dec
-        out = h.clone()
-        out[where] = h[where] + delta.to(h.dtype)
-        return out
-
-    def __call__(self, h, where):
-        return self.add(h, where, self.features(h[where]))
-
-    def edits(self):
-        """{layer: edit}, what gemma.py's functions take."""
-        return {self.sae.layer: self}
-
-
-# ---- the authors' file format, and ours in it ---------------------------------------------------------------------------
-
-WEIGHTS, CONFIG = "adapter_weights.safetensors", "fsrl_adapter_config.json"
-THEIR_NAMES = {"soft": "soft_threshold", "relu": "relu", "jumprelu": "jump_relu"}
-
-
-def save_adapter(adapter, folder, **facts):
-    """Writes adapter_weights.safetensors and fsrl_adapter_config.json: the authors' files, which their loader reads for our Adapter.
-
-    facts: more keys for the config. Theirs leaves out what decides the forward pass (fusion, positions, masked features,
-    the model that was steered); `steering_facts` gives these.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    ours = type(adapter) is Adapter          # a subclass has a forward of its own
-    config = {"activation_type": THEIR_NAMES[adapter.activation] if ours else "custom",
-              "use_steering_magnitude": ours and adapter.steering_magnitude is not None}
-    if config["activation_type"] == "jump_relu":
-        config["bandwidth"] = adapter.bandwidth
-    if config["activation_type"] == "custom":
-        config["adapter_class"] = type(adapter).__name__
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in adapter.state_dict().items()}
-    atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    atomically(folder / CONFIG, lambda path: path.write_text(json.dumps({**config, **facts}, indent=4) + "\n", encoding="utf-8"))
-
-
-def steering_facts(steering, model_source):
-    """The config keys of a Steering: the authors' first, then the ones theirs lacks."""
-    sae = steering.sae
-    repo, _, inside = sae.source.partition(":")
-    release = repo.rstrip("/").rsplit("/", 1)[-1]
-    return {"base_sae_release": release, "base_sae_id": inside, "model_name": str(model_source).rsplit("/", 1)[-1].removesuffix("-it"),
-            "neuronpedia_id": f"{release}/{inside}" if inside else None, "base_model": str(model_source), "sae_source": sae.source,
-            "sae_identity": sae.identity(), "d_in": sae.d_in, "d_sae": sae.d_sae, "layer": sae.layer, "fusion": steering.fusion, "positions": steering.positions,
-            "strength": steering.strength, "top_k": steering.top_k, "masked": steering.masked}
-
-
-def load_adapter(folder, adapter_class=None):
-    """-> (adapter, facts): the module, and everything its config file says.
-
-    Reads the authors' files, old ones included: no activation_type means relu, unless one of two older flags is set.
-    A custom adapter's class has to be given: code is never imported from a run's folder.
-    """
-    folder = Path(folder)
-    facts = read_json(folder / CONFIG)
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except Exception as error:
-        raise UserError(f"{folder / WEIGHTS}: not a readable safetensors file ({error})") from None
-    kind = facts.get("activation_type", "relu")
-    kind = "jump_relu" if facts.get("use_jump_relu") else "soft_threshold" if facts.get("use_soft_threshold") else kind
-    if kind == "custom":
-        name = facts.get("adapter_class")
-        if adapter_class is None:
-            raise UserError(f"{folder} holds an adapter of the class {name}, written by its user: say where it is, --adapter FILE.py:{name} "
-                            "(the run keeps a copy of the source to compare with)")
-        if adapter_class.__name__ != name:
-            raise UserError(f"{folder} holds an adapter of the class {name}, --adapter names {adapter_class.__name__}")
-        if not all(isinstance(facts.get(name), int) for name in ("d_in", "d_sae")):
-            raise UserError(f"{folder / CONFIG}: d_in and d_sae are missing, which a custom adapter is made with")
-        adapter = adapter_class(facts["d_in"], facts["d_sae"])
-    elif kind not in THEIR_NAMES.values():
-        raise UserError(f"{folder / CONFIG}: activation_type is {kind!r}; known are {', '.join(THEIR_NAMES.values())}")
-    else:
-        weight = tensors.get("adapter_linear.weight")
-        if weight is None or weight.dim() != 2:
-            raise UserError(f"{folder / WEIGHTS}: tensor adapter_linear.weight (d_sae, d_in) is missing")
-        activation = next(ours for ours, theirs in THEIR_NAMES.items() if theirs == kind)
-        adapter = Adapter(weight.shape[1], weight.shape[0], activation, bandwidth=facts.get("bandwidth", 0.001))
-        if facts.get("use_steering_magnitude"):
-            adapter.steering_magnitude = nn.Parameter(torch.ones(weight.shape[0]))
-    try:
-        adapter.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}, strict=False)
-        wanted = set(adapter.state_dict()) - {"steering_magnitude"}        # missing: ones, as the authors' loader has it
-        if unknown := (wanted - set(tensors)) | (set(tensors) - set(adapter.state_dict())):
-            raise RuntimeError(f"missing or unknown: {', '.join(sorted(unknown))}")
-    except RuntimeError as error:
-        raise UserError(f"{folder / WEIGHTS} does not fit its adapter ({' '.join(str(error).split())})") from None
-    return adapter, facts
-
-
-def import_adapter(spec):
-    """The class behind FILE.py:ClassName, an nn.Module made by ClassName(d_in, d_sae)."""
-    path, _, name = str(spec).rpartition(":")
-    if not path or not path.endswith(".py"):
-        raise UserError(f"--adapter {spec}: write FILE.py:ClassName")
-    if not Path(path).is_file():
-        raise UserError(f"--adapter {spec}: there is no file {path}")
-    module_spec = importlib.util.spec_from_file_location(f"adapter_{Path(path).stem}", path)
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module               # dataclasses and pickles look a class's module up
-    sys.path.insert(0, str(Path(path).resolve().parent))      # so that it can import a file beside it
-    try:
-        module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise UserError(f"--adapter {spec}: {path} cannot be imported ({type(error).__name__}: {error})") from error
-    finally:
-        sys.path.pop(0)
-    found = getattr(module, name, None)
-    if not (inspect.isclass(found) and issubclass(found, nn.Module)):
-        raise UserError(f"--adapter {spec}: {path} has no torch.nn.Module of the name {name}")
-    return found
-
-
-def make_adapter(adapter_class, d_in, d_sae, *, spec, activation="soft", init=1e-6, bandwidth=0.001):
-    """Our Adapter (adapter_class None), or a user's, tried once on four random states."""
-    if adapter_class is None:
-        return Adapter(d_in, d_sae, activation, init=init, bandwidth=bandwidth)
-    try:
-        adapter = adapter_class(d_in, d_sae)
-        v = adapter(torch.randn(4, d_in))
-    except Exception as error:
-        raise UserError(f"--adapter {spec}: {type(error).__name__}: {error} (an adapter is made by {adapter_class.__name__}({d_in}, {d_sae}) "
-                        f"and takes states of shape (N, {d_in}))") from error
-    if not isinstance(v, torch.Tensor) or tuple(v.shape) != (4, d_sae):
-        raise UserError(f"--adapter {spec}: forward gave {tuple(v.shape) if isinstance(v, torch.Tensor) else type(v).__name__} "
-                        f"for states of shape (4, {d_in}); it has to be (4, {d_sae})")
-    if not any(p.requires_grad for p in adapter.parameters()):
-        raise UserError(f"--adapter {spec}: it has no parameter to train")
-    return adapter
-
-
-# ---- a run's folder --------------------------------------------------------------------------------------------------
-
-@dataclass
-class Run:
-    model: nn.Module
-    tokenizer: object
-    sae: nn.Module
-    steering: Steering
-    config: dict
-    folder: Path
-
-
-def check_fit(config, sae):
-    """Raises UserError unless the SAE can sit on a model of this GemmaConfig."""
-    if sae.layer is None:
-        raise UserError(f"SAE {sae.source}: which layer it belongs to is written neither in its path (layer_N) nor in its config")
-    if sae.layer >= config.num_hidden_layers:
-        raise UserError(f"SAE {sae.source} belongs to layer {sae.layer}; this model has layers 0 to {config.num_hidden_layers - 1}")
-    if sae.d_in != config.hidden_size:
-        raise UserError(f"SAE {sae.source} reads states of width {sae.d_in}, this model's have {config.hidden_size}")
-
-
-def load_run(folder, *, adapter=None, device="auto", dtype=None):
-    """Opens what train.py wrote: model, tokenizer, SAE and steering as they were trained. -> Run
-
-    adapter: FILE.py:ClassName, needed (only) for a run that was trained with --adapter.
-    dtype: of the frozen weights, by name ("bfloat16"); None: as in training.
-    Raises UserError where the model or the SAE is not the one it was trained on.
-    """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file() or not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} is not a finished run: {'config.json' if not (folder / 'config.json').is_file() else CONFIG} is not there")
-    config = read_json(folder / "config.json")
-    if adapter is not None and (folder / SOURCE).exists():
-        source = str(adapter).rpartition(":")[0]
-        if Path(source).is_file() and Path(source).read_bytes() != (folder / SOURCE).read_bytes():
-            print(f"note: {source} is not the source this run was trained with ({folder / SOURCE})", file=sys.stderr)
-    module, facts = load_adapter(folder, import_adapter(adapter) if adapter else None)
+    folder, config = Path(folder), run_config(folder)
+    note_source(folder, adapter or policy)
     device, dtype = choose_device(device, dtype or config.get("dtype", "float32"))
     model = load_gemma(config["model"], dtype=dtype, device=device)
-    if config.get("model_identity") not in (None, model.identity()):
-        raise UserError(f"{folder} was trained on another model than {config['model']} is now (digest {config['model_identity']}, now {model.identity()})")
-    sae = load_sae(config["sae"], dtype=dtype, device=device)
-    check_fit(model.config, sae)
-    if facts.get("sae_identity") not in (None, sae.identity()):
-        raise UserError(f"{folder} was trained on another SAE than {config['sae']} is now (digest {facts['sae_identity']}, now {sae.identity()})")
-    steering = Steering(sae, module.to(device, master_dtype(dtype)).eval(), **{k: facts[k] for k in ("fusion", "positions", "strength", "top_k", "masked") if k in facts})
-    return Run(model, load_tokenizer(config["model"]), sae, steering, config, folder)
+    same_digest(folder, "model", config["model"], config.get("model_identity"), model)
+    saes = load_saes(config["sae"], model.config, dtype=dtype, device=device)
+    if config.get("policy"):
+        spec = policy or config["policy"]
+        made = own_policy(spec, model, saes, config["policy_args"], needed=not policy)
+        made.load(folder)
+    else:
+        made = load_steerings(folder, saes, adapter_class(adapter) if adapter else None, dtype)
+    return Run(model, load_tokenizer(config["model"]), made.eval(), config, folder)
 
 
-SOURCE = "adapter_source.py"
+def load_steerings(folder, saes, own, dtype):
+    """The adapters of a run, one for each SAE, as one policy."""
+    out = []
+    for sae in saes:
+        adapter, facts = load_adapter(folder if len(saes) == 1 else folder / f"layer_{sae.layer}", own)
+        same_digest(folder, "SAE", sae.source, facts.get("sae_identity"), sae)
+        adapter.to(sae.W_dec.device, master_dtype(dtype))
+        out.append(Steering(sae, adapter, **{name: facts[name] for name in KEPT if name in facts}))
+    return out[0] if len(out) == 1 else Steerings(out)
 
 
-def keep_source(spec, folder):
-    """Copies the file of a user's adapter into the run, to be read, never to be run."""
-    shutil.copyfile(spec.rpartition(":")[0], Path(folder) / SOURCE)
+# ---- side by side ------------------------------------------------------------------------------------
+
+def answers(model, tokenizer, prompts, policy=None, **how):
+    """Prompts (strings or message lists) -> the answers as text. how: see gemma.generate"""
+    model, edits = policy.acting(model) if policy else (model, None)
+    ids = generate(model, [encode_prompt(tokenizer, p) for p in prompts], edits=edits, **how)
+    return [decode(tokenizer, i) for i in ids]
 
 
-# ---- side by side ----------------------------------------------------------------------------------------------------
+@dataclass
+class Chat:
+    run: str = setting("", "its folder, such as runs/style-1", positional=True, group="a run")
+    prompt: list = setting([], "ask this and leave; without it, one after another", many=True)
+    adapter: str = setting(None, "FILE.py:Class of a run that was trained with one")
+    policy: str = setting(None, "FILE.py:Class of a run that was trained with one")
+    strength: float = setting(1.0, "multiplies the steering", group="answers")
+    temperature: float = setting(0.0, "0: the most probable token each time", low=0)
+    max_new_tokens: int = setting(128, "longest answer", low=1)
+    seed: int = setting(0, "of the sampling, where the temperature is above 0", low=0)
+    device: str = setting("auto", "cpu, cuda, mps, or auto: the best there is")
+    __post_init__ = check
 
-def side_by_side(left, right, *, titles=("base", "steered"), width=None):
-    """Two texts as two columns."""
-    width = width or min(shutil.get_terminal_size((100, 24)).columns, 120)
-    column = (width - 3) // 2
 
-    def fold(text):
-        return [part for line in (text or "(nothing)").split("\n") for part in textwrap.wrap(line, column, replace_whitespace=False) or [""]]
-    rows, other = [titles[0], "-" * column, *fold(left)], [titles[1], "-" * column, *fold(right)]
-    rows += [""] * (len(other) - len(rows))
-    other += [""] * (len(rows) - len(other))
-    return "\n".join(f"{a:<{column}} | {b}".rstrip() for a, b in zip(rows, other))
-
-
-def answers(model, tokenizer, prompts, edits=None, **how):
-    """Prompts (strings or message lists) -> the model's answers as text. `how`: see gemma.generate."""
-    return [decode(tokenizer, ids) for ids in generate(model, [encode_prompt(tokenizer, p) for p in prompts], edits=edits, **how)]
+def talk(chat):
+    run = load_run(chat.run, adapter=chat.adapter, policy=chat.policy, device=chat.device)
+    for s in getattr(run.policy, "steerings", []):
+        s.strength *= chat.strength
+    how = {"max_new_tokens": chat.max_new_tokens, "temperature": chat.temperature, "seed": chat.seed}
+    for prompt in chat.prompt or typed_prompts():
+        both = [answers(run.model, run.tokenizer, [prompt], p, **how)[0] for p in (None, run.policy)]
+        print(f"\n> {prompt}\n{side_by_side(*both)}")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Ask the base and the steered model of a run the same things, side by side.")
-    parser.add_argument("run", help="a run's folder, such as runs/style-1")
-    parser.add_argument("--prompt", action="append", help="ask this and leave (can be given several times); without it, ask one thing after another")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the most probable token each time")
-    parser.add_argument("--strength", type=float, help="multiply the steering by this (default: as trained)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer [128]")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling, where the temperature is above 0")
-    parser.add_argument("--adapter", help="FILE.py:ClassName of a run that was trained with one")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto: the best there is")
-    try:
-        args = parser.parse_args(argv)
-    except SystemExit as stop:
-        return stop.code
-    try:
-        if not 0 <= args.temperature < float("inf"):
-            raise UserError(f"--temperature is {args.temperature}; it has to be a number from 0")
-        if args.max_new_tokens < 1:
-            raise UserError(f"--max-new-tokens is {args.max_new_tokens}; it has to be at least 1")
-        if args.strength is not None and not abs(args.strength) < float("inf"):
-            raise UserError(f"--strength is {args.strength}; it has to be a finite number")
-        run = load_run(args.run, adapter=args.adapter, device=args.device)
-        if args.strength is not None:
-            run.steering.strength = args.strength
-        how = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed)
-
-        def ask(prompt):
-            print(f"\n> {prompt}")
-            print(side_by_side(*(answers(run.model, run.tokenizer, [prompt], edits, **how)[0] for edits in (None, run.steering.edits()))))
-        for prompt in args.prompt or []:
-            ask(prompt)
-        while not args.prompt:
-            try:
-                prompt = input("\nask (empty line: leave) > ").strip()
-            except EOFError:
-                break
-            if not prompt:
-                break
-            ask(prompt)
-    except UserError as error:
-        print(f"fsrl.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print()
-    return 0
+    return command("fsrl.py", Chat, talk, argv, "Ask base and policy of a run the same, side by side.")
 
 
 if __name__ == "__main__":

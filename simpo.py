@@ -1,4 +1,4 @@
-"""Preference pairs, from file to SimPO loss, exactly and without waste.
+"""A preference pair as one row, its log-probabilities, and SimPO's loss: exact, and without waste.
 
 Chosen and rejected answer the same prompt, so a pair is ONE row and its prompt is computed once:
 
@@ -12,30 +12,25 @@ Chosen and rejected answer the same prompt, so a pair is ONE row and its prompt 
       position[q] - position[k] < window    r x x x . . x
       (window: local layers only)           r x x x . . x x
 
-An answer token is predicted by the state before it; the first tokens of BOTH answers by the last prompt token. Only
-these states go through the head: no logits of prompts or padding are ever made. The numbers are those of separate
-sequences (tests/test_simpo.py), not an approximation of them.
+An answer token is predicted by the state before it; the first tokens of BOTH answers by the last prompt
+token. Only these states go through the head: no logits of prompts or padding are ever made.
 
     s(y)  = mean log p over y's tokens, its end token included
-    loss  = -log sigmoid(beta · (s(chosen) - s(rejected) - gamma_ratio)) + nll_weight · (-s(chosen))
+    loss  = -log sigmoid(beta · (s(chosen) - s(rejected) - gamma_ratio))     gamma_ratio: the paper's γ/β
 
-(SimPO, arXiv 2405.14734, eq. 6; gamma_ratio is its γ/β. nll_weight 0 is the paper's loss.)
-Two answers that are equally likely give softplus(beta · gamma_ratio): 5.0067 at beta 10 and ratio 0.5.
+(SimPO, arXiv 2405.14734, eq. 6.) Equally likely answers give softplus(beta · gamma_ratio): 5.0067 at
+beta 10 and ratio 0.5. Every fast function has a plain one above it that gives the same numbers.
 """
-import gzip
-import hashlib
-import json
-import math
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional as nnf
 
-from gemma import UserError, encode_answer, encode_prompt, encode_text, fetch, generate, product, read_json, shared_positions, steerable
+from gemma import encode_answer, encode_prompt, product, shared_positions, steerable
+from lib.files import UserError, short_digest
+from lib.pairs import fitted
+from lib.stats import mean_and_error
 
-
-# ---- pairs -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Pair:
@@ -45,129 +40,228 @@ class Pair:
     text: str = ""      # the last user message as it was written
 
 
-def read_pairs(source, split="train", limit=None):
-    """Reads preference pairs as text. -> list of {"prompt", "chosen", "rejected", "at"}
+# ---- by the book -----------------------------------------------------------------------------------
 
-    source: a .jsonl or .parquet file, a folder that holds SPLIT.jsonl (or SPLIT-*.parquet, also under data/), or a Hub data set.
-    prompt is a string or a list of messages; chosen and rejected are strings, or lists of messages that end with
-    the answer and may repeat the prompt (UltraFeedback's layout). `at` says file and line, for error messages.
-    """
-    path = Path(source).expanduser()
-    if path.is_file():
-        files = [path]
-    else:
-        patterns = [f"{split}.jsonl", f"{split}-*.parquet", f"data/{split}-*.parquet", f"data/{split}_prefs-*.parquet"]
-        folder = fetch(source, patterns, kind="dataset")
-        files = next((found for found in (sorted(folder.glob(p)) for p in patterns) if found), None)
-        if not files:
-            raise UserError(f"{source}: no pairs of the split {split!r} there ({split}.jsonl or {split}-*.parquet)")
-    records = []
-    for file in files:
-        for at, raw in _parquet(file) if file.suffix == ".parquet" else json_lines(file):
-            if limit is not None and len(records) >= limit:
-                return records
-            records.append(_record(raw, at))
-    if not records:
-        raise UserError(f"{source}: no pairs in it")
-    return records
+def by_the_book(model, pair, policy=None):
+    """s(chosen), s(rejected) of one Pair from two plain sequences with all their logits: two scalars.
 
-
-def read_held_out(source, split="test", limit=None):
-    """Held-out records of what a run was trained on: its split of a folder or data set, the last tenth of a single file."""
-    if not Path(source).expanduser().is_file():
-        return read_pairs(source, split, limit)
-    records = read_pairs(source)
-    if len(records) < 2:
-        raise UserError(f"{source}: one pair is too few; one has to be held out")
-    return records[-max(1, len(records) // 10):][:limit]
-
-
-def json_lines(path):
-    """(where, object) of each line of a .jsonl or .jsonl.gz; `where` says file and line, for error messages."""
-    try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                at = f"{path}, line {number}"
-                if line.strip():
-                    try:
-                        yield at, json.loads(line)
-                    except (ValueError, RecursionError) as error:
-                        raise UserError(f"{at}: not valid JSON ({error})") from None
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-
-
-def _parquet(path):
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise UserError(f"{path}: reading parquet needs pyarrow (pip install pyarrow), or turn the file into JSONL") from None
-    number = 0
-    try:
-        for group in parquet.ParquetFile(path).iter_batches(256):
-            for raw in group.to_pylist():
-                number += 1
-                yield f"{path}, row {number}", raw
-    except (OSError, ValueError) as error:         # pyarrow's own errors are ValueErrors; ours pass
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: not a readable parquet file ({error})") from None
-
-
-def _record(raw, at):
-    if not isinstance(raw, dict):
-        raise UserError(f"{at}: a pair is an object with prompt, chosen and rejected, this is a {type(raw).__name__}")
-    out = {"at": at}
-    for side in ("chosen", "rejected"):
-        value = raw.get(side)
-        if isinstance(value, list):                                   # messages: the answer is the last one
-            messages = _messages(value, at, side)
-            if not messages or messages[-1]["role"] != "assistant":
-                raise UserError(f"{at}: {side} is a list that does not end with an assistant message")
-            if out.setdefault("prompt", messages[:-1]) != messages[:-1]:
-                raise UserError(f"{at}: chosen and rejected answer different prompts")
-            value = messages[-1]["content"]
-        if not isinstance(value, str):
-            raise UserError(f"{at}: {side} is missing; a pair needs prompt, chosen and rejected")
-        if not value.strip():
-            raise UserError(f"{at}: {side} is empty; an answer needs at least one token")
-        _encodable(value, at, side)
-        out[side] = value
-    prompt = raw.get("prompt") or raw.get("instruction")
-    if prompt is None or out.get("prompt"):
-        prompt = out.get("prompt") or prompt
-    if not (isinstance(prompt, str) and prompt.strip() or isinstance(prompt, list) and prompt):
-        raise UserError(f"{at}: prompt is missing or empty; a pair needs prompt, chosen and rejected")
-    if isinstance(prompt, list):
-        prompt = _messages(prompt, at, "prompt")
-    else:
-        _encodable(prompt, at, "prompt")
-    out["prompt"] = prompt
+    Everything below has to equal this. It takes the prompt twice and V logits for each of its tokens:
+    twice the time of a row, and gigabytes with a vocabulary of 256,000."""
+    model, edits = policy.acting(model) if policy else (model, None)
+    out = []
+    for answer in (pair.chosen, pair.rejected):
+        n = len(pair.prompt)
+        ids = torch.tensor([pair.prompt + answer], device=model.device)
+        place = torch.arange(ids.shape[1], device=model.device)[None]
+        where = steerable(shared_positions(edits), place, place >= n - 1)
+        states = model(ids, where=where, edits=edits)[0]
+        logp = model.logits(states).log_softmax(-1)                                # (T,V)
+        own = logp[n - 1:-1].gather(1, ids[0, n:, None])       # each answer token by the state before it
+        out.append(own.mean())
     return out
 
 
-def _messages(value, at, side):
-    for m in value:
-        if not (isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)):
-            raise UserError(f'{at}: {side} holds a message that is not of the form {{"role": ..., "content": text}}')
-        _encodable(m["content"], at, side)
-    return [{"role": m["role"], "content": m["content"]} for m in value]
+def dense_logps(x, W, target, cap):
+    """log softmax(cap · tanh(x W^T / cap)) at the targets.  x (N,D), W (V,D), target (N,) -> (N,)
+    All (N,V) logits at once; gradients reach x and W."""
+    logits = cap * torch.tanh(product(x, W.T) / cap)
+    return logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
 
 
-def _encodable(text, at, side):
-    if any("\ud800" <= c <= "\udfff" for c in text):          # half of a UTF-16 pair: JSON can write it, no text can hold it
-        raise UserError(f"{at}: {side} holds a lone surrogate, which is no character")
+# ---- rows ------------------------------------------------------------------------------------------
+
+@dataclass
+class Batch:
+    ids: torch.Tensor           # (B,T)
+    branch: torch.Tensor        # (B,T) 0 prompt, 1 chosen, 2 rejected, -1 padding
+    position_ids: torch.Tensor  # (B,T) goes on from the prompt for both answers; -1 padding
+    read: torch.Tensor          # (N,) for each answer token: flat index into (B,T) of the one before it
+    target: torch.Tensor        # (N,) its id
+    owner: torch.Tensor         # (N,) whose it is: b chosen of pair b, B + b rejected
+    lengths: torch.Tensor       # (2B,) tokens of each answer
+
+    def to(self, device):
+        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+    def mask(self):
+        """(B,T,T) bool, True = visible: the picture above, before windowing."""
+        query, key = self.branch[:, :, None], self.branch[:, None, :]
+        earlier = self.position_ids[:, None, :] <= self.position_ids[:, :, None]
+        return ((key == 0) | (key == query)) & (key >= 0) & earlier
+
+    def where(self, positions):
+        """(B,T) bool: the tokens that are steered; see gemma.steerable."""
+        predicts = torch.zeros_like(self.branch, dtype=torch.bool)
+        predicts.view(-1)[self.read] = True
+        return steerable(positions, self.position_ids, predicts)
+
+
+def collate(pairs, pad_id=0):
+    """Pairs -> Batch, one row each, padded on the right to the longest."""
+    if empty := [p for p in pairs if not (p.prompt and p.chosen and p.rejected)]:
+        raise UserError(f"a pair has an empty part: {empty[0]}")
+    B, T = len(pairs), max(map(tokens, pairs))
+    ids, branch, position_ids = (torch.full((B, T), fill) for fill in (pad_id, -1, -1))
+    read, target, owner = [], [], []
+    for b, pair in enumerate(pairs):
+        start, n = 0, len(pair.prompt)
+        for side, part in enumerate((pair.prompt, pair.chosen, pair.rejected)):
+            stop, first = start + len(part), n if side else 0
+            ids[b, start:stop] = torch.tensor(part)
+            branch[b, start:stop] = side
+            position_ids[b, start:stop] = torch.arange(first, first + len(part))
+            if side:
+                read += [b * T + n - 1] + [b * T + t for t in range(start, stop - 1)]
+                target += part
+                owner += [b + B * (side - 1)] * len(part)
+            start = stop
+    lengths = [len(p.chosen) for p in pairs] + [len(p.rejected) for p in pairs]
+    numbers = (torch.tensor(x) for x in (read, target, owner, lengths))
+    return Batch(ids, branch, position_ids, *numbers)
+
+
+def tokens(pair):
+    return len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+
+
+def batches(pairs, batch_size):
+    """Pairs in batches of similar length, with their indices: little padding."""
+    order = sorted(range(len(pairs)), key=lambda i: tokens(pairs[i]))
+    for i in range(0, len(order), batch_size):
+        index = order[i:i + batch_size]
+        yield index, collate([pairs[j] for j in index])
+
+
+# ---- scores and loss -------------------------------------------------------------------------------
+
+@dataclass
+class Answer:
+    """What a loss may look at, for B answers; sum and base_sum are log p of whole answers."""
+    mean: torch.Tensor                   # (B,) s(y), nats a token
+    length: torch.Tensor                 # (B,) tokens
+    base_mean: torch.Tensor = None       # (B,) under the base model, where an objective may ask
+
+    @property
+    def sum(self):
+        return self.mean * self.length
+
+    @property
+    def base_sum(self):
+        return self.base_mean * self.length
+
+
+@dataclass
+class Score:
+    chosen: Answer
+    rejected: Answer
+    penalty: torch.Tensor                # (B,) what the policy's actions cost
+    shown: dict                          # {name: (B,)} for the log, such as l0 and l1
+
+
+@torch.no_grad()
+def prefix(model, batch, count):
+    """The output of the `count` lowest blocks (B,T,D), frozen: it never changes and can be kept."""
+    how = {"position_ids": batch.position_ids, "mask": batch.mask()}
+    return model.blocks(model.embed(batch.ids), 0, count, **how)
+
+
+def score(model, batch, policy=None, h=None):
+    """Both answers of B pairs under the policy, or (None) the base model. -> Score
+    h: the output of the policy's frozen blocks, if it has been computed before."""
+    penalty, shown = torch.zeros(len(batch.ids), device=batch.ids.device), {}
+    if policy is None:
+        h = prefix(model, batch, model.config.num_hidden_layers)
+    else:
+        if h is None and policy.frozen is not None:
+            h = prefix(model, batch, policy.frozen)
+        h, penalty, shown = policy.run(model, h, batch)
+        model, _ = policy.acting(model)
+    means = mean_logps(model, batch, h)
+    chosen, rejected = map(Answer, means, batch.lengths.to(means[0].dtype).chunk(2))
+    return Score(chosen, rejected, penalty, shown)
+
+
+def mean_logps(model, batch, h):
+    """States after the last block (B,T,D) -> s(chosen), s(rejected) (B,), mean log p a token."""
+    x = model.norm(h.flatten(0, 1)[batch.read])
+    W, cap = model.embed_tokens.weight, model.config.final_logit_softcapping
+    log_probs = dense_logps if W.requires_grad else token_logps        # the fast one leaves W alone
+    logp = log_probs(x, W, batch.target, cap)
+    total = logp.new_zeros(len(batch.lengths)).index_add(0, batch.owner, logp)
+    return (total / batch.lengths).chunk(2)
+
+
+def simpo_loss(chosen, rejected, beta=10.0, gamma_ratio=0.5, *, kind="sigmoid", label_smoothing=0.0):
+    """SimPO's loss of mean log-probabilities, (B,),(B,) -> (B,). With z = beta · (margin - gamma_ratio):
+    sigmoid -(1 - ls) log σ(z) - ls log σ(-z), hinge max(0, 1 - z), without smoothing."""
+    wide = torch.promote_types(torch.float32, chosen.dtype)
+    z = beta * (chosen.to(wide) - rejected.to(wide) - gamma_ratio)
+    if kind == "hinge":
+        return torch.relu(1 - z)
+    return -(1 - label_smoothing) * nnf.logsigmoid(z) - label_smoothing * nnf.logsigmoid(-z)
+
+
+def preference_loss(chosen, rejected, config, objective=None):
+    """What a run's settings (a dict) ask of two Answers: SimPO, or a user's own function. -> (B,)"""
+    if objective:
+        return objective(chosen, rejected)
+    settings = {"beta", "gamma_ratio", "label_smoothing"} & set(config)
+    given = {name: config[name] for name in settings}
+    return simpo_loss(chosen.mean, rejected.mean, kind=config.get("loss", "sigmoid"), **given)
+
+
+@torch.no_grad()
+def base_means(model, batch):
+    """What an objective may ask of the base model: s(chosen), s(rejected). -> (2,B)"""
+    return torch.stack([*mean_logps(model, batch, prefix(model, batch, len(model.layers)))])
+
+
+def with_base(scored, base):
+    """The Score with the base model's numbers (see `base_means`) in its answers."""
+    chosen = replace(scored.chosen, base_mean=base[0])
+    rejected = replace(scored.rejected, base_mean=base[1])
+    return replace(scored, chosen=chosen, rejected=rejected)
+
+
+# ---- evaluation ------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate(model, pairs, policy=None, *, config=None, objective=None, batch_size=32, progress=None):
+    """The base model (policy None) or the policy on held-out pairs. -> dict of means over pairs
+
+    loss (of the preference alone), accuracy (share with s(chosen) > s(rejected)), margin (nats a token),
+    each with its standard error (loss_se, ...); chosen, rejected: mean s; l0, l1. In float64."""
+    columns = torch.zeros(5, len(pairs), dtype=torch.float64)
+    for index, batch in batches(pairs, batch_size):
+        batch = batch.to(model.device)
+        s = score(model, batch, policy)
+        if objective:
+            s = with_base(s, base_means(model, batch))
+        chosen, rejected = double(s.chosen), double(s.rejected)
+        loss = preference_loss(chosen, rejected, config or {}, objective)
+        nothing = torch.zeros_like(s.penalty)
+        l0, l1 = (s.shown.get(name, nothing).cpu() for name in ("l0", "l1"))
+        columns[:, index] = torch.stack([chosen.mean, rejected.mean, loss, l0, l1])
+        if progress:
+            progress(len(index))
+    chosen, rejected, loss, l0, l1 = columns
+    margin = chosen - rejected
+    out = {"pairs": len(pairs)}
+    for name, x in (("loss", loss), ("accuracy", (margin > 0).double()), ("margin", margin)):
+        out[name], out[name + "_se"] = mean_and_error(x)
+    means = {"chosen": chosen, "rejected": rejected, "l0": l0, "l1": l1}
+    return out | {name: x.mean().item() for name, x in means.items()}
+
+
+def double(answer):
+    """An Answer in float64, on the CPU: mps has none."""
+    numbers = answer.mean, answer.length, answer.base_mean
+    return Answer(*(x if x is None else x.cpu().double() for x in numbers))
 
 
 def encode_pairs(tokenizer, records, max_length=2048):
-    """Records of `read_pairs` -> (pairs, {"cut": n, "dropped": n}).
-
-    max_length limits the prompt plus the longer answer. What is too long loses tokens from the prompt's left first
-    (<bos> and at least one more token stay), then from the answers' ends. A pair whose answers are the same after
-    that says nothing and is dropped.
-    """
-    if max_length < 3:
-        raise UserError(f"max_length is {max_length}; <bos>, one token of the prompt and one of an answer need 3")
+    """Records of lib.pairs.read_pairs, cut to max_length. -> (pairs, {"cut": n, "dropped": n})
+    A pair whose answers are the same after that says nothing and is dropped."""
     pairs, cut, dropped = [], 0, 0
     for record in records:
         try:
@@ -175,11 +269,9 @@ def encode_pairs(tokenizer, records, max_length=2048):
         except UserError as error:
             raise UserError(f"{record['at']}: {error}") from None
         chosen, rejected = (encode_answer(tokenizer, record[side]) for side in ("chosen", "rejected"))
-        over = len(prompt) + max(len(chosen), len(rejected)) - max_length
-        if over > 0:
-            cut += 1
-            prompt = prompt[:1] + prompt[-max(1, len(prompt) - 1 - over):]
-            chosen, rejected = chosen[:max_length - len(prompt)], rejected[:max_length - len(prompt)]
+        whole = prompt, chosen, rejected
+        prompt, chosen, rejected = fitted(*whole, max_length)
+        cut += whole != (prompt, chosen, rejected)
         if chosen == rejected:
             dropped += 1
             continue
@@ -188,101 +280,49 @@ def encode_pairs(tokenizer, records, max_length=2048):
     return pairs, {"cut": cut, "dropped": dropped}
 
 
-# ---- rows ------------------------------------------------------------------------------------------------------------
-
-@dataclass
-class Batch:
-    ids: torch.Tensor        # (B,T)
-    branch: torch.Tensor     # (B,T) 0 prompt, 1 chosen, 2 rejected, -1 padding
-    position: torch.Tensor   # (B,T) restarts after the prompt for both answers; -1 padding
-    read: torch.Tensor       # (N,) for each answer token: flat index into (B,T) of the state that predicts it
-    target: torch.Tensor     # (N,) its id
-    owner: torch.Tensor      # (N,) whose it is: b chosen of pair b, B + b rejected
-    lengths: torch.Tensor    # (2B,) tokens of each answer
-
-    def to(self, device):
-        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
-
-    def mask(self):
-        """(B,T,T) bool, True = visible: the picture above, before windowing."""
-        q, k = self.branch[:, :, None], self.branch[:, None, :]
-        earlier = self.position[:, None, :] <= self.position[:, :, None]
-        return ((k == 0) | (k == q)) & (k >= 0) & earlier
-
-    def where(self, positions):
-        """(B,T) bool: the tokens that are steered; see gemma.steerable."""
-        predicts = torch.zeros_like(self.branch, dtype=torch.bool)
-        predicts.view(-1)[self.read] = True
-        return steerable(positions, self.position, predicts)
-
-
 def digest(pairs):
     """A short name of exactly these pairs, for a run's config."""
-    return hashlib.sha256(repr([(p.prompt, p.chosen, p.rejected) for p in pairs]).encode()).hexdigest()[:16]
+    return short_digest(repr([(p.prompt, p.chosen, p.rejected) for p in pairs]))
 
 
-def collate(pairs, pad_id=0):
-    """Pairs -> Batch, one row each, padded on the right to the longest."""
-    if empty := [p for p in pairs if not (p.prompt and p.chosen and p.rejected)]:
-        raise UserError(f"a pair has an empty part: {empty[0]}")
-    B, T = len(pairs), max(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
-    ids, branch, position = (torch.full((B, T), fill) for fill in (pad_id, -1, -1))
-    read, target, owner = [], [], []
-    for b, pair in enumerate(pairs):
-        start, n = 0, len(pair.prompt)
-        for side, tokens in enumerate((pair.prompt, pair.chosen, pair.rejected)):
-            stop, first = start + len(tokens), n if side else 0
-            ids[b, start:stop], branch[b, start:stop] = torch.tensor(tokens), side
-            position[b, start:stop] = torch.arange(first, first + len(tokens))
-            if side:
-                read += [b * T + n - 1] + [b * T + t for t in range(start, stop - 1)]
-                target += tokens
-                owner += [b + B * (side - 1)] * len(tokens)
-            start = stop
-    lengths = [len(p.chosen) for p in pairs] + [len(p.rejected) for p in pairs]
-    return Batch(ids, branch, position, *(torch.tensor(x) for x in (read, target, owner, lengths)))
+# ---- the head again: faster, the same numbers ------------------------------------------------------
 
-
-# ---- the head --------------------------------------------------------------------------------------------------------
-
-class _TokenLogps(torch.autograd.Function):
-    """log p of the targets and, in the same pass over the vocabulary, its gradient towards the states.
-
+class TokenLogps(torch.autograd.Function):
+    """log p of the targets and, in the same pass over V, its gradient towards x.
     With y_j = tanh(z_j / cap), z = x W^T, logits are cap · y and the chain rule gives
         d log p_t / dx = (1 - y_t²) W_t - Σ_j p_j (1 - y_j²) W_j
-    The target's own term of the sum is left out and (1 - p_t) taken instead of 1: where p_t is near 1 the two would
-    cancel, and in bf16 nothing of the difference would be left. The soft-cap bounds every logit by `cap`, so e^(logit - cap) is within [e^-60, 1] and needs no running maximum.
-    """
+    The target's own term of the sum is left out and (1 - p_t) taken instead of 1: where p_t is near 1
+    they would cancel, in bf16 to nothing. Logits are at most `cap`, so no running maximum is needed."""
 
     @staticmethod
     def forward(ctx, x, W, target, cap, budget):
         wide = torch.promote_types(torch.float32, x.dtype)
-        logp, slope = x.new_empty(len(x), dtype=wide), None
-        if ctx.needs_input_grad[0]:
-            slope = x.new_empty(x.shape, dtype=wide)
+        logp = x.new_empty(len(x), dtype=wide)
+        slope = x.new_empty(x.shape, dtype=wide) if ctx.needs_input_grad[0] else None
         rows = 2048
         for i in range(0, len(x), rows):
-            part = x[i:i + rows]
-            width = max(256, budget // len(part))                # vocabulary columns a chunk: two (rows, width) temporaries
-            total = part.new_zeros(len(part), dtype=wide)
-            pull = part.new_zeros(part.shape, dtype=wide)
+            part, wanted = x[i:i + rows], target[i:i + rows]
+            width = max(256, budget // len(part))          # columns a chunk: two (rows,width) temporaries
+            total = part.new_zeros(len(part), dtype=wide)  # Σ_j e^(logit_j - cap), all but the target
+            pull = part.new_zeros(part.shape, dtype=wide)  # the same of e^(logit_j - cap) (1 - y_j²) W_j
             for j in range(0, len(W), width):
                 Wj = W[j:j + width]
                 y = product(part, Wj.T).div_(cap).tanh_()
                 e = (y - 1).mul_(cap).exp_()
-                at = target[i:i + rows] - j
-                here = ((at >= 0) & (at < len(Wj))).nonzero()[:, 0]
-                e[here, at[here]] = 0.0
-                total += e.sum(-1)                               # of all but the target
+                column = wanted - j
+                inside = ((column >= 0) & (column < len(Wj))).nonzero()[:, 0]
+                e[inside, column[inside]] = 0.0
+                total += e.sum(-1)
                 if slope is not None:
-                    e -= y.square_().mul_(e)                     # e · (1 - y²)
+                    e -= y.square_().mul_(e)
                     pull += product(e.to(Wj.dtype), Wj)
-            own = W[target[i:i + rows]].to(wide)
+            # The target by itself.
+            own = W[wanted].to(wide)
             y = torch.tanh((part.to(wide) * own).sum(-1) / cap)
-            rest, total = total, total + (cap * (y - 1)).exp()
+            others, total = total, total + (cap * (y - 1)).exp()
             logp[i:i + rows] = cap * (y - 1) - total.log()
             if slope is not None:
-                slope[i:i + rows] = ((rest * (1 - y * y))[:, None] * own - pull) / total[:, None]
+                slope[i:i + rows] = ((others * (1 - y * y))[:, None] * own - pull) / total[:, None]
         ctx.save_for_backward(slope)
         ctx.dtype = x.dtype
         return logp
@@ -294,142 +334,7 @@ class _TokenLogps(torch.autograd.Function):
 
 
 def token_logps(x, W, target, cap, budget=None):
-    """log softmax(cap · tanh(x W^T / cap)) at the targets, float32 or better, no (N,V) tensor.
-
-    x (N,D) states after the final norm, W (V,D) the embedding, frozen, target (N,) -> (N,).
-    budget: elements of a temporary. On a CPU 16 MB of float32: what is larger than 32 MB goes back to the system
-    at every free, and getting the pages again costs more than the arithmetic.
-    """
-    return _TokenLogps.apply(x, W, target, cap, budget or (4 if x.device.type == "cpu" else 64) * 2**20)
-
-
-# ---- log-probabilities and loss ----------------------------------------------------------------------------------------
-
-def mean_logps(model, batch, h):
-    """States after the last block (B,T,D) -> s(chosen), s(rejected) (B,), mean log p a token."""
-    x = model.norm(h.flatten(0, 1)[batch.read])
-    logp = token_logps(x, model.embed_tokens.weight, batch.target, model.config.final_logit_softcapping)
-    total = logp.new_zeros(len(batch.lengths)).index_add(0, batch.owner, logp)
-    return (total / batch.lengths).chunk(2)
-
-
-def response_logps(model, batch, edits=None, *, h=None, start=0):
-    """s(chosen), s(rejected), each (B,), under the model with `edits`.
-
-    h, start: the output of block start-1 where it has been computed before (`prefix`), so that only the rest runs.
-    """
-    h = model.embed(batch.ids) if h is None else h
-    where = batch.where(shared_positions(edits)) if edits else None
-    h = model.blocks(h, start, model.config.num_hidden_layers, positions=batch.position, mask=batch.mask(), where=where, edits=edits)
-    return mean_logps(model, batch, h)
-
-
-@torch.no_grad()
-def prefix(model, batch, layer):
-    """The output of block `layer` (B,T,D), frozen: it never changes and can be kept."""
-    return model.blocks(model.embed(batch.ids), 0, layer + 1, positions=batch.position, mask=batch.mask())
-
-
-def steered_logps(model, batch, steering, h=None):
-    """Like response_logps under `steering`, with what the penalty needs in hand.
-
-    -> s(chosen), s(rejected), l0, l1, each (B,): l0 and l1 of the effective steering, averaged over the pair's steered tokens.
-    """
-    layer = steering.sae.layer
-    h = prefix(model, batch, layer) if h is None else h
-    where = batch.where(steering.positions)
-    v = steering.features(h[where])                                            # (N,F)
-    row = where.nonzero()[:, 0]
-    count = where.sum(-1).clamp_min(1)
-    per_pair = lambda x: x.new_zeros(len(where)).index_add(0, row, x) / count      # noqa: E731
-    l1, l0 = per_pair(v.abs().sum(-1)), per_pair((v != 0).sum(-1).to(v.dtype))
-    h = model.blocks(steering.add(h, where, v), layer + 1, model.config.num_hidden_layers, positions=batch.position, mask=batch.mask())
-    return *mean_logps(model, batch, h), l0, l1
-
-
-def simpo_loss(chosen, rejected, beta=10.0, gamma_ratio=0.5, *, kind="sigmoid", label_smoothing=0.0):
-    """SimPO's loss of mean log-probabilities, (B,),(B,) -> (B,), in float32 or better.
-
-    sigmoid: -(1 - ls) log σ(z) - ls log σ(-z), hinge: max(0, 1 - z), without smoothing; z = beta · (chosen - rejected - gamma_ratio).
-    """
-    wide = torch.promote_types(torch.float32, chosen.dtype)
-    z = beta * (chosen.to(wide) - rejected.to(wide) - gamma_ratio)
-    if kind == "hinge":
-        return torch.relu(1 - z)
-    if kind != "sigmoid":
-        raise UserError(f"loss is {kind!r}; it has to be sigmoid or hinge")
-    return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
-
-
-# ---- evaluation --------------------------------------------------------------------------------------------------------
-
-def batches(pairs, batch_size):
-    """Pairs in batches of similar length, with their indices: little padding, every pair once."""
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].prompt) + len(pairs[i].chosen) + len(pairs[i].rejected))
-    for i in range(0, len(order), batch_size):
-        part = order[i:i + batch_size]
-        yield part, collate([pairs[j] for j in part])
-
-
-@torch.no_grad()
-def evaluate(model, pairs, steering=None, *, beta=10.0, gamma_ratio=0.5, kind="sigmoid", label_smoothing=0.0, batch_size=32, progress=None):
-    """The base model (steering None) or the steered one on held-out pairs. -> dict
-
-    loss (the SimPO term alone) and loss_se, accuracy and accuracy_se (share of pairs with s(chosen) > s(rejected)),
-    margin = mean s(chosen) - s(rejected) in nats a token, without beta, and margin_se; chosen, rejected: mean s; l0, l1.
-    Means over pairs, standard errors of these means, summed in float64.
-    """
-    s = torch.zeros(4, len(pairs), dtype=torch.float64)
-    for index, batch in batches(pairs, batch_size):
-        batch = batch.to(model.device)
-        if steering is None:
-            chosen, rejected = response_logps(model, batch)
-            rows = (chosen, rejected, chosen * 0, chosen * 0)
-        else:
-            rows = steered_logps(model, batch, steering)
-        s[:, index] = torch.stack([row.cpu().double() for row in rows])       # mps has no float64
-        if progress:
-            progress(len(index))
-    chosen, rejected, l0, l1 = s
-    loss = simpo_loss(chosen, rejected, beta, gamma_ratio, kind=kind, label_smoothing=label_smoothing)
-    right, margin = (chosen > rejected).double(), chosen - rejected
-    se = lambda x: (x.std() / math.sqrt(len(x))).item() if len(x) > 1 else float("nan")      # noqa: E731
-    return {"pairs": len(pairs), "loss": loss.mean().item(), "loss_se": se(loss), "accuracy": right.mean().item(), "accuracy_se": se(right),
-            "margin": margin.mean().item(), "margin_se": se(margin), "chosen": chosen.mean().item(), "rejected": rejected.mean().item(),
-            "l0": l0.mean().item(), "l1": l1.mean().item()}
-
-
-@torch.no_grad()
-def drift(model, tokenizer, edits, texts):
-    """KL(steered‖base) in nats a token on texts without a question."""
-    total = tokens = 0.0
-    for text in texts:
-        ids = torch.tensor([[model.config.bos_token_id, *encode_text(tokenizer, text)]], device=model.device)
-        h = [model(ids, edits=e)[0, 1:] for e in (edits, None)]
-        for a, b in zip(*(x.split(64) for x in h)):                   # a few tokens at a time: the vocabulary may be 256,000
-            steered, base = (model.logits(x).log_softmax(-1) for x in (a, b))
-            total, tokens = total + (steered.exp() * (steered - base)).sum().item(), tokens + len(a)
-    return total / tokens
-
-
-def judge_of(source):
-    """What the pairs of `source` say about themselves: (meta.json or {}, the lab's world module or None).
-
-    Only the lab's own judge is known by name; no code is taken from a data folder.
-    """
-    if Path(source).is_file() or not (path := fetch(source, ["meta.json"], kind="dataset") / "meta.json").is_file():
-        return {}, None
-    meta = read_json(path)
-    if not isinstance(meta, dict) or meta.get("judge") != "tiny.world":
-        return {}, None
-    if not isinstance(meta.get("weights"), dict):
-        raise UserError(f"{path}: weights are missing, which the lab's judge needs")
-    from tiny import world
-    return meta, world
-
-
-def behave(model, tokenizer, questions, world, edits=None, *, temperature=0.0, seed=0, max_new_tokens=64):
-    """The lab's answers to `questions`, judged. -> (rates of world.behaviour, answers as ids)"""
-    ids = generate(model, [encode_prompt(tokenizer, q.text) for q in questions], max_new_tokens=max_new_tokens, edits=edits,
-                   temperature=temperature, seed=seed)
-    return world.behaviour(questions, [[tokenizer.id_to_token(i) for i in answer] for answer in ids]), ids
+    """dense_logps for a frozen W (no gradient reaches it), in float32 or better, no (N,V) tensor.
+    budget: elements of a temporary. On a CPU 16 MB of float32: pages of more than 32 MB go back to the
+    system at every free, and getting them again costs more than the arithmetic."""
+    return TokenLogps.apply(x, W, target, cap, budget or (4 if x.device.type == "cpu" else 64) * 2**20)

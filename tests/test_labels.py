@@ -1,5 +1,4 @@
-"""labels.py: the file, the comparison, every source of labels with what can go wrong, and training with features masked by label."""
-import argparse
+"""Label files, the comparison of two, every source of labels with what can go wrong, and the mask picked by label."""
 import csv
 import gzip
 import json
@@ -15,11 +14,16 @@ import pytest
 import torch
 
 import fsrl
-import labels
 import train
-from common import ROOT, off, small_gemma, small_sae
-from gemma import UserError, load_tokenizer
+from common import ROOT, mutant, off, small_gemma, small_sae
+from gemma import encode_prompt
+from instruments import descriptions, labels
+from lib.files import UserError
+from lib.labels import default_path, groups, may_write, read_features, read_labels, shares, write_labels
+from lib.text import encode_text, load_tokenizer
 from sae import JumpReLUSAE, load_sae, save_sae
+
+BESIDE = "tiny/sae/layer_3/width_1k/average_l0_16"
 
 
 @pytest.fixture(autouse=True)
@@ -48,104 +52,150 @@ def lab():
 
 def scope(width=1024, layer=12, source="google/gemma-scope-2b-pt-res:layer_12/width_1k/average_l0_21"):
     """An SAE of a name, with hardly any weights."""
-    return JumpReLUSAE(torch.zeros(2, width), torch.zeros(width), torch.zeros(width, 2), torch.zeros(2), torch.zeros(width), layer=layer, source=source)
+    W, b = torch.zeros(2, width), torch.zeros(width)
+    return JumpReLUSAE(W, b, W.T.contiguous(), torch.zeros(2), b.clone(), layer=layer, source=source)
 
 
 def row(index, said, **more):
     return {"index": index, "labels": said, "description": f"feature {index}", **more}
 
 
-# ---- the file ----------------------------------------------------------------------------------------------------------------
+def lines_of(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
+
+
+# ---- the file ----------------------------------------------------------------------------------------------------
 
 def test_the_file_goes_round(tmp_path):
-    sae = small_sae(small_gemma())
-    labels.write_labels(tmp_path / "new" / "labels.jsonl", [row(7, ["style", "alignment"], choices=["bold"]), row(3, []), row(5, None), row(1, ["style"])], sae, "hand")
-    lines = [json.loads(line) for line in (tmp_path / "new" / "labels.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [line["index"] for line in lines] == [1, 3, 5, 7] and all(line["by"] == "hand" and line["sae"] == sae.identity() for line in lines)
-    assert list(lines[0]) == ["index", "labels", "description", "by", "sae"] and [p.name for p in (tmp_path / "new").iterdir()] == ["labels.jsonl"]
-    rows = labels.read_labels(tmp_path / "new" / "labels.jsonl", sae)
-    assert list(rows) == [1, 3, 5, 7] and rows[7]["choices"] == ["bold"] and rows[5]["labels"] is None and rows[3]["labels"] == []
-    g = labels.groups(rows, 32)
-    assert {name: x.nonzero()[:, 0].tolist() for name, x in g.items()} == {"style": [1, 7], "alignment": [7], "known": [1, 3, 7]}
-    assert labels.shares(rows, 32) == {"style": 2 / 32, "alignment": 1 / 32, "both": 1 / 32, "neither": 1 / 32, "unlabelled": 29 / 32}
+    sae, path = small_sae(small_gemma()), tmp_path / "new" / "labels.jsonl"
+    rows = [row(7, ["style", "alignment"], choices=["bold"]), row(3, []), row(5, None), row(1, ["style"])]
+    write_labels(path, rows, sae, "hand")
+    lines = lines_of(path)
+    assert [line["index"] for line in lines] == [1, 3, 5, 7]
+    assert all(line["by"] == "hand" and line["sae"] == sae.identity() for line in lines)
+    assert list(lines[0]) == ["index", "labels", "description", "by", "sae"]
+    assert [p.name for p in path.parent.iterdir()] == ["labels.jsonl"]
+    rows = read_labels(path, sae)
+    assert list(rows) == [1, 3, 5, 7] and rows[7]["choices"] == ["bold"]
+    assert rows[5]["labels"] is None and rows[3]["labels"] == []
+    found = {name: x.nonzero()[:, 0].tolist() for name, x in groups(rows, 32).items()}
+    assert found == {"style": [1, 7], "alignment": [7], "known": [1, 3, 7]}
+    want = {"style": 2, "alignment": 1, "both": 1, "neither": 1, "unlabelled": 29}
+    assert shares(rows, 32) == {name: n / 32 for name, n in want.items()}
 
 
 GOOD = {"index": 3, "labels": ["style"], "description": "", "by": "hand"}
+BAD_LINES = [      # what is changed in a good line, or the line
+    ('{"index": 3', "not valid JSON"), ("[3]", "a label is an object"), ('{"index": 3}', "labels is 'missing'"),
+    ({"index": "3"}, "index is '3'; this SAE has features 0 to 31"), ({"index": True}, "index is True"),
+    ({"index": 32}, "index is 32"), ({"index": -1}, "index is -1"), ({"index": 0}, "feature 0 is there twice"),
+    ({"labels": ["tone"]}, r"labels is \['tone'\]; it is a list of style and alignment, or null"),
+    ({"labels": "style"}, "labels is 'style'"), ({"labels": ["style", "style"]}, "labels is"),
+    ({"labels": [["style"]]}, "labels is"),
+    ({"sae": "0000"}, "labels of another SAE .digest 0000.; random has"),
+]
 
 
-@pytest.mark.parametrize("line, message", [
-    ("{\"index\": 3", "line 2: not valid JSON"), ("[3]", "line 2: a label is an object"), ({**GOOD, "index": "3"}, "line 2: index is '3'"), ({**GOOD, "index": True}, "line 2: index is True"),
-    ({**GOOD, "index": 32}, "line 2: feature 32 does not exist; this SAE has features 0 to 31"), ({**GOOD, "index": -1}, "line 2: feature -1 does not exist"),
-    ({**GOOD, "index": 0}, "line 2: feature 0 is there twice"), ({**GOOD, "labels": ["tone"]}, r"line 2: labels is \['tone'\]; it has to be a list of some of style, alignment, or null"),
-    ({**GOOD, "labels": "style"}, "line 2: labels is 'style'"), ({**GOOD, "labels": ["style", "style"]}, "line 2: labels is"), ({**GOOD, "labels": [["style"]]}, "line 2: labels is"),
-    ({k: v for k, v in GOOD.items() if k != "labels"}, "line 2: labels is 'missing'"), ({**GOOD, "sae": "0" * 16}, "line 2: labels of another SAE .digest 0000000000000000.; random has"),
-    (b"\xff\xfe", "cannot be read")])
+@pytest.mark.parametrize("line, message", BAD_LINES)
 def test_bad_lines(tmp_path, line, message):
     sae, path = small_sae(small_gemma()), tmp_path / "labels.jsonl"
-    first = json.dumps({**GOOD, "index": 0, "sae": sae.identity()}).encode() + b"\n"
-    path.write_bytes(first + (line if isinstance(line, bytes) else line.encode() if isinstance(line, str) else json.dumps({"sae": sae.identity(), **line}).encode()))
-    with pytest.raises(UserError, match=message) as error:
-        labels.read_labels(path, sae)
+    good = {**GOOD, "sae": sae.identity()}
+    line = json.dumps({**good, **line}) if isinstance(line, dict) else line
+    path.write_text(json.dumps({**good, "index": 0}) + "\n" + line)
+    with pytest.raises(UserError, match=f"line 2: {message}") as error:
+        read_labels(path, sae)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_no_file_an_empty_one_and_nothing_to_write(tmp_path):
     sae = small_sae(small_gemma())
-    with pytest.raises(UserError, match="no such label file; `python analyze.py --make-labels KIND` makes one"):
-        labels.read_labels(tmp_path / "none", sae)
+    with pytest.raises(UserError, match="no such label file; python -m instruments.labels makes one"):
+        read_labels(tmp_path / "none", sae)
     (tmp_path / "empty").write_text("\n")
-    with pytest.raises(UserError, match="no label in it"):
-        labels.read_labels(tmp_path / "empty", sae)
-    for rows, message in (([], "no label to write"), ([row(99, [])], "feature 99 does not exist"), ([row(1, []), row(1, [])], "there twice"), ([row(1, ["x"])], "labels is")):
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    for name, message in (("empty", "no label in it"), ("bytes", "cannot be read")):
         with pytest.raises(UserError, match=message):
-            labels.write_labels(tmp_path / "out", rows, sae, "hand")
+            read_labels(tmp_path / name, sae)
+    twice = [row(1, []), row(1, [])]
+    for rows, message in (([], "no label to write"), ([row(99, [])], "index is 99"), (twice, "there twice")):
+        with pytest.raises(UserError, match=message):
+            write_labels(tmp_path / "out", rows, sae, "hand")
     assert not (tmp_path / "out").exists()
 
 
 def test_where_labels_lie(tmp_path):
-    inside = ROOT / "tiny/sae/layer_3/width_1k/average_l0_16"
     sae = load_sae("tiny/sae")
-    assert labels.default_path(sae).resolve() == (inside / "labels.jsonl").resolve()
-    sae.source = str(inside)
-    assert labels.default_path(sae) == inside / "labels.jsonl"
-    assert labels.default_path(scope()) == Path("runs/labels/google__gemma-scope-2b-pt-res/layer_12__width_1k__average_l0_21.jsonl")
+    assert default_path(sae).resolve() == ROOT / BESIDE / "labels.jsonl"
+    sae.source = str(ROOT / BESIDE)
+    assert default_path(sae) == ROOT / BESIDE / "labels.jsonl"
+    hub = default_path(scope())
+    assert hub == Path("runs/labels/google__gemma-scope-2b-pt-res/layer_12__width_1k__average_l0_21.jsonl")
+    assert default_path(scope(source="")) == Path("runs/labels/sae/labels.jsonl")
 
 
-# ---- two files compared --------------------------------------------------------------------------------------------------------
+def test_what_may_be_written(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    may_write(path, "rules")
+    write_labels(path, [row(1, [])], small_sae(small_gemma()), "rules")
+    may_write(path, "rules", again=True)
+    may_write(path, "hand", force=True)
+    for by, again in (("rules", False), ("hand", True)):
+        with pytest.raises(UserError, match=r"exists \(made by rules\); --force replaces it, --out names another"):
+            may_write(path, by, again=again)
+
+
+def test_features_of_a_file(tmp_path):
+    path = tmp_path / "mask.txt"
+    path.write_text("# 4 features\n17, 3\n\n3 100 # twice\n0")
+    assert read_features(path) == [0, 3, 17, 100]
+    for text, message in (("1\n2 x", "line 2: 'x' is not the number of a feature"), ("-1", "line 1: '-1' is not"),
+                          ("1.5", "line 1: '1.5'"), ("# none\n", "no feature number in it")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_features(path)
+    with pytest.raises(UserError, match="absent: cannot be read"):
+        read_features(tmp_path / "absent")
+
+
+# ---- two files compared ------------------------------------------------------------------------------------------
 
 def two(tp, fp, fn, tn):
-    cells = [(["style"], ["style"])] * tp + [([], ["style"])] * fp + [(["style"], [])] * fn + [(["alignment"], [])] * tn
+    cells = [(["style"], ["style"])] * tp + [([], ["style"])] * fp
+    cells += [(["style"], [])] * fn + [(["alignment"], [])] * tn
     return tuple({i: row(i, pair[side]) for i, pair in enumerate(cells)} for side in (0, 1))
 
 
-def test_agreement_by_hand():
+def test_comparison_by_hand():
     a, b = two(6, 2, 1, 11)
-    b[1000], a[2000], a[2001], b[2001] = row(1000, ["style"]), row(2000, ["style"]), row(2001, None), row(2001, ["style"])     # not known in both
-    m = labels.agreement(a, b, "style")
-    assert m["both"] == 20 and m["confusion"] == [[6, 2], [1, 11]] and m["precision"] == 6 / 8 and m["recall"] == 6 / 7
-    assert m["mcc"] == pytest.approx((6 * 11 - 2 * 1) / math.sqrt(8 * 7 * 13 * 12)) and m["mcc_low"] < m["mcc"] < m["mcc_high"] <= 1
-    assert m == labels.agreement(a, b, "style") and m["mcc_low"] != labels.agreement(a, b, "style", seed=1)["mcc_low"]
-    assert labels.agreement(b, a, "style")["confusion"] == [[6, 1], [2, 11]], "the first is the reference"
-    m = labels.agreement(*two(0, 0, 0, 12), "style")
-    assert m["confusion"] == [[0, 0], [0, 12]] and all(math.isnan(m[k]) for k in ("precision", "recall", "mcc", "mcc_low", "mcc_high"))
-    assert labels.agreement(*two(6, 0, 0, 6), "style")["mcc"] == 1.0
+    b[1000], a[2000] = row(1000, ["style"]), row(2000, ["style"])              # not known in both
+    a[2001], b[2001] = row(2001, None), row(2001, ["style"])
+    m = labels.compare_labels(a, b, "style")
+    assert m["both"] == 20 and m["confusion"] == [[6, 2], [1, 11]]
+    assert m["precision"] == 6 / 8 and m["recall"] == 6 / 7
+    assert m["mcc"] == pytest.approx((6 * 11 - 2 * 1) / math.sqrt(8 * 7 * 13 * 12))
+    assert m["mcc_low"] < m["mcc"] < m["mcc_high"] <= 1
+    assert m == labels.compare_labels(a, b, "style")
+    assert m["mcc_low"] != labels.compare_labels(a, b, "style", seed=1)["mcc_low"]
+    assert labels.compare_labels(b, a, "style")["confusion"] == [[6, 1], [2, 11]], "the first is the reference"
+    m = labels.compare_labels(*two(0, 0, 0, 12), "style")
+    assert m["confusion"] == [[0, 0], [0, 12]]
+    assert all(math.isnan(m[k]) for k in ("precision", "recall", "mcc", "mcc_low", "mcc_high"))
+    assert labels.compare_labels(*two(6, 0, 0, 6), "style")["mcc"] == 1.0
     with pytest.raises(UserError, match="only 9 features are judged in both"):
-        labels.agreement(*two(3, 2, 2, 2), "style")
-    with pytest.raises(UserError, match="label is 'tone'"):
-        labels.agreement(a, b, "tone")
+        labels.compare_labels(*two(3, 2, 2, 2), "style")
 
 
 def test_the_interval_covers():
-    """95% of samples of 200 features hold the true correlation in their interval, give or take the simulation's own error."""
+    """95% of samples of 200 features hold the true correlation, give or take the simulation's own error."""
     g, p = np.random.default_rng(0), np.array([.3, .1, .1, .5])
-    true, hits = labels._mcc(p), 0
+    true, hits = labels.matthews(p), 0
     for i in range(200):
-        m = labels.agreement(*two(*g.multinomial(200, p)), "style", samples=400, seed=i)
+        m = labels.compare_labels(*two(*g.multinomial(200, p)), "style", samples=400, seed=i)
         hits += m["mcc_low"] <= true <= m["mcc_high"]
     assert 0.90 <= hits / 200 <= 0.99
 
 
-# ---- where a feature is strongest ------------------------------------------------------------------------------------------------
+# ---- where a feature is strongest --------------------------------------------------------------------------------
 
 def random_rows(model, lengths, seed=0):
     g = torch.Generator().manual_seed(seed)
@@ -153,7 +203,7 @@ def random_rows(model, lengths, seed=0):
 
 
 def brute(model, sae, rows, count):
-    """Each row alone, everything kept, sorted by value, then row, then position."""
+    """Everything kept, sorted by value, then row, then position."""
     found = [[] for _ in range(sae.d_sae)]
     for r, ids in enumerate(rows):
         f = sae.encode(model.blocks(model.embed(torch.tensor([ids])), 0, sae.layer + 1))[0]
@@ -161,131 +211,238 @@ def brute(model, sae, rows, count):
             if i not in (0, 1, 2):
                 for k in (f[p] > 0).nonzero()[:, 0].tolist():
                     found[k].append((-f[p, k].item(), r, p))
-    return [sorted(some)[:count] for some in found]
+    return [sorted(entries)[:count] for entries in found]
 
 
-@pytest.mark.parametrize("limits", ["real", "small"])
-def test_top_contexts(limits):
-    model = small_gemma(dtype=torch.float64)
+BROKEN = [("descending=True", "descending=False"), ("(f > value[:, -1])", "(f > value[:, 0])"),
+          ("(~torch.isin(ids[0], special))", "(ids[0] >= 0)"), ("(text, number), text", "(text, number), text + 1")]
+
+
+@pytest.mark.parametrize("broken", [None, *BROKEN])
+def test_top_contexts(broken):
+    model = small_gemma(dtype=torch.float64, eos_token_ids=(1, 5))
     sae = small_sae(model, features=48)
-    with torch.no_grad():
-        sae.threshold[:8] = torch.tensor([1e9, 15, 12, 15, 14, 16, 14, 20])      # features that fire never and rarely
+    with torch.no_grad():                                          # features that fire never and rarely
+        sae.threshold[:8] = torch.tensor([1e9, 15, 12, 15, 14, 16, 14, 20])
     rows = random_rows(model, [5, 17, 1, 30, 8, 0, 22, 9, 3, 12])
-    rows[4][3], rows[6][2], rows[6][5] = 1, 0, 2                  # EOS, padding and BOS inside a row are skipped too
-    if limits == "small":                                         # many chunks, pruned often, too dense each
-        source = (ROOT / "labels.py").read_text(encoding="utf-8")
-        assert source.count("2**20") == 2 and source.count("2**23 // F") == 1
-        module = dict(vars(labels))
-        exec(compile(source.replace("2**20", "20").replace("2**23 // F", "7"), "labels.py", "exec"), module)
-        top_contexts = module["top_contexts"]
-    else:
-        top_contexts = labels.top_contexts
+    rows[4][3], rows[6][2], rows[6][5] = 1, 0, 2                   # EOS, padding and BOS inside a row
     want = brute(model, sae, rows, 6)
-    assert any(0 < len(some) < 6 for some in want) and any(not some for some in want)
-    for batch_size in (1, 3, 10):
-        value, at, position = top_contexts(model, sae, rows, 6, batch_size=batch_size)
-        assert value.shape == at.shape == position.shape == (48, 6) and value.dtype == torch.float32 and at.dtype == torch.long
-        for k, some in enumerate(want):
-            n = len(some)
-            assert list(zip(at[k, :n].tolist(), position[k, :n].tolist())) == [(r, p) for _, r, p in some], (batch_size, k)
-            assert n == 0 or off(value[k, :n], torch.tensor([-v for v, _, _ in some])) < 1e-6
-            assert not value[k, n:].any()
+    assert any(0 < len(entries) < 6 for entries in want) and any(not entries for entries in want)
+    top_contexts = (mutant("instruments/labels", broken) if broken else labels).top_contexts
+    value, at, position = top_contexts(model, sae, rows, 6)
+    assert value.shape == at.shape == position.shape == (48, 6)
+    assert value.dtype == torch.float32 and at.dtype == torch.long
+    places = [list(zip(a[:len(w)], p[:len(w)])) for a, p, w in zip(at.tolist(), position.tolist(), want)]
+    assert (places == [[(r, p) for _, r, p in entries] for entries in want]) == (broken is None)
+    for k, entries in enumerate(want if not broken else []):
+        n = len(entries)
+        assert n == 0 or off(value[k, :n], -torch.tensor([v for v, _, _ in entries])) < 1e-6
+        assert not value[k, n:].any()
 
 
 def test_ties_and_no_rows():
-    """The same row three times: the first one, then the next. One that is longer changes the batches, not the order."""
+    """The same row three times: the first one, then the next."""
     model = small_gemma(dtype=torch.float64)
     sae, same = small_sae(model), random_rows(model, [6])[0]
-    value, at, _ = labels.top_contexts(model, sae, [same, same, same], 3, batch_size=1)
+    value, at, _ = labels.top_contexts(model, sae, [same, same, same], 3)
     fires = value[:, 0] > 0
-    assert fires.any() and ((at[fires, 0] <= at[fires, 1]) | (value[fires, 0] > value[fires, 1])).all() and (at[fires, 0] == 0).all()
-    assert not labels.top_contexts(model, sae, [], 3)[0].any() and labels.top_contexts(model, sae, [[2]], 3)[0].shape == (32, 3)
+    assert fires.any() and (at[fires, 0] == 0).all()
+    assert ((at[fires, 0] <= at[fires, 1]) | (value[fires, 0] > value[fires, 1])).all()
+    assert not labels.top_contexts(model, sae, [], 3)[0].any()
+    assert labels.top_contexts(model, sae, [[2]], 3)[0].shape == (32, 3)
 
 
-# ---- Neuronpedia's descriptions -----------------------------------------------------------------------------------------------------
+# ---- rules -------------------------------------------------------------------------------------------------------
+
+STYLE = [("x", "**", "y"), ("a", "\n\n", "b"), ("a", ".", ""), ("", "🎉", ""), ("model\n", "Sure", "! I"),
+         ("x\n", " Great", ", so"), ("\n", "2", ". b"), ("", "#", " A"), ("\n", "-", " a")]
+ALIGNMENT = [("I can", "'t", " help"), ("I", " can", "'t do"), ("that is un", "eth", "ical"), ("I", " refuse", "."),
+             ("", " harmful", ""), ("", " perhaps", " not"), ("he", " lied", " to")]
+NEITHER = [("the", " cat", " sat"), ("", "Great", " apes are"), ("in ", "2", " days"), ("", "\ufffd", "x"),
+           ("x", "<end_of_turn>", "\n"), ("the", " lieutenant", ""), ("", "", "")]
+
+
+def test_rules_by_hand():
+    for want, cases in ((["style"], STYLE), (["alignment"], ALIGNMENT), ([], NEITHER)):
+        assert [case for case in cases if labels.rule_labels(*case) != want] == []
+
+
+def test_rules_labels(tokenizer, monkeypatch):
+    """Feature 0 on "!", feature 1 half and half, feature 2 on a refusal, feature 3 nowhere."""
+    rows = [[2, *map(tokenizer.token_to_id, ("Sure", "!", "▁the", "▁steal"))]]
+    assert None not in rows[0]
+    value = torch.tensor([[3., 2., 0.], [5., 5., 0.], [4., 1., 0.], [0., 0., 0.]])
+    position = torch.tensor([[2, 2, 0], [2, 3, 0], [4, 3, 0], [0, 0, 0]])
+    monkeypatch.setattr(labels, "top_contexts", lambda *given: (value, torch.zeros_like(position), position))
+    found = labels.rules_labels(None, None, tokenizer, rows)
+    assert [(r["index"], r["labels"]) for r in found] == [(0, ["style"]), (1, ["style"]), (2, ["alignment"])]
+    assert found[0]["description"] == 'strongest on "!"' and '" the"' in found[1]["description"]
+
+
+# ---- sheets ------------------------------------------------------------------------------------------------------
+
+def sheet_of(path):
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        return list(csv.DictReader(file))
+
+
+def filled(path, lines, cells, delimiter=","):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, labels.COLUMNS, delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows({**line, "style": s, "alignment": a} for line, (s, a) in zip(lines, cells))
+    return path
+
+
+def test_sheet(tmp_path, lab, tokenizer):
+    sae, path, rows = small_sae(lab), tmp_path / "new" / "sheet.csv", random_rows(lab, [20] * 6)
+    assert labels.write_sheet(path, lab, sae, tokenizer, rows, features=12, seed=3) == 12
+    assert path.read_bytes().startswith(b"\xef\xbb\xbf"), "spreadsheets take it for Latin-1 otherwise"
+    lines = sheet_of(path)
+    fires = (labels.top_contexts(lab, sae, rows)[0][:, 0] > 0).nonzero()[:, 0].tolist()
+    index = [int(line["index"]) for line in lines]
+    assert index == sorted(set(index)) and set(index) <= set(fires) and len(index) == 12
+    assert all(1 <= line["contexts"].count("«") == line["contexts"].count("»") <= 5 for line in lines)
+    assert all(line["style"] == line["alignment"] == "" for line in lines)
+    labels.write_sheet(tmp_path / "other.csv", lab, sae, tokenizer, rows, features=12, seed=4)
+    assert (tmp_path / "other.csv").read_text() != path.read_text()
+    with pytest.raises(UserError, match="nothing is filled in"):
+        labels.read_sheet(path, sae)
+    full = tmp_path / "filled.csv"
+    cells = [("y", "N"), (" YES ", "1"), ("", ""), ("0", "no")]
+    want = [(index[0], ["style"]), (index[1], ["style", "alignment"]), (index[3], [])]
+    for delimiter in ",;":
+        got = labels.read_sheet(filled(full, lines, cells, delimiter), sae)
+        assert [(r["index"], r["labels"]) for r in got] == want
+    write_labels(tmp_path / "labels.jsonl", got, sae, "hand")
+    assert len(read_labels(tmp_path / "labels.jsonl", sae)) == 3
+    for cell, message in ((("maybe", "n"), "line [0-9]+: style is 'maybe', alignment 'n'; both have to be y or n"),
+                          (("y", ""), "style is 'y', alignment ''; both have to be")):
+        with pytest.raises(UserError, match=message):
+            labels.read_sheet(filled(full, lines, [("y", "y"), cell]), sae)
+    with pytest.raises(UserError, match="a sheet of another SAE"):
+        labels.read_sheet(filled(full, lines, [("y", "y")]), small_sae(lab, seed=5))
+
+
+@pytest.mark.parametrize("text, message", [
+    ("index,style,alignment\n5,y,n\n5,y,n\n", "line 3: feature 5 is there twice"),
+    ("index,style,alignment\n99,y,n\n", "line 2: index is 99"),
+    ("index,style,alignment\nx,y,n\n", "line 2: index is 'x'"),
+    ("index,style\n1,y\n", "not a sheet of labels"), ("", "not a sheet of labels"), (None, "cannot be read")])
+def test_bad_sheets(tmp_path, lab, text, message):
+    if text is not None:
+        (tmp_path / "bad.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        labels.read_sheet(tmp_path / "bad.csv", small_sae(lab))
+
+
+# ---- Neuronpedia's descriptions ----------------------------------------------------------------------------------
 
 def record(index, description, layer="12-gemmascope-res-1k__l0-21", **more):
-    return {"modelId": "gemma-2-2b", "layer": layer, "index": str(index), "description": description, "explanationModelName": "gpt-4o-mini", "typeName": "oai_token-act-pair", **more}
+    kind = {"explanationModelName": "gpt-4o-mini", "typeName": "oai_token-act-pair"}
+    where = {"modelId": "gemma-2-2b", "layer": layer, "index": str(index)}
+    return {**where, "description": description, **kind, **more}
 
 
-RECORDS = [record(4, "an old\nguess", explanationModelName="other"), record(4, "bold  words"), record(4, "later"), record(2, ""), record(2, "half \ud800 a pair", typeName="np_max-act-logits"),
-           record(2, "second", typeName="np_max-act-logits"), record(9, None)]
+OTHER, EMPTY = {"typeName": "np_max-act-logits"}, record(2, "")
+RECORDS = [record(4, "an old\nguess", **OTHER), record(4, "bold  words"), record(4, "later"), EMPTY,
+           record(2, "half \ud800 a pair", **OTHER), record(2, "second", **OTHER), record(9, None)]
 
 
 def test_explanations_in_every_form(tmp_path):
     sae, want = scope(), {2: "half ? a pair", 4: "bold words"}
     lines = [json.dumps(r) + "\n" for r in RECORDS]
-    for name, data in (("list", RECORDS), ("features", {"features": RECORDS}), ("items", {"items": RECORDS}), ("data", {"data": RECORDS})):
-        (tmp_path / f"{name}.json").write_text(json.dumps(data))
-        assert labels.read_explanations(tmp_path / f"{name}.json", sae) == want
+    (tmp_path / "x.json").write_text(json.dumps(RECORDS, indent=1))
     (tmp_path / "x.jsonl").write_text("".join(lines))
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode()))
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "batch-0.jsonl.gz").write_bytes(gzip.compress("".join(lines[:3]).encode()))
     (tmp_path / "folder" / "batch-1.jsonl").write_text("".join(lines[3:]))
     (tmp_path / "folder" / "notes.jsonl").write_text("no JSON")
-    for name in ("x.jsonl", "x.jsonl.gz", "folder"):
-        assert labels.read_explanations(tmp_path / name, sae) == want
-    (tmp_path / "broken.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode())[:-20])
+    for name in ("x.json", "x.jsonl", "x.jsonl.gz", "folder"):
+        assert descriptions.read_explanations(tmp_path / name, sae) == want
+
+
+BAD_EXPORTS = {
+    "broken.jsonl.gz": "cannot be read", "none": "no description in it", "absent": "absent: cannot be read",
+    "bad.json": "record 1: not a record of Neuronpedia", "empty.jsonl": "no description in it",
+    "other.jsonl": "line 1: not a record of Neuronpedia",
+}
+
+
+def test_bad_explanations(tmp_path):
+    (tmp_path / "broken.jsonl.gz").write_bytes(gzip.compress(json.dumps(RECORDS[1]).encode() * 9)[:-20])
     (tmp_path / "none").mkdir()
     (tmp_path / "bad.json").write_text("{}")
     (tmp_path / "empty.jsonl").write_text(json.dumps(record(1, "")) + "\n")
-    (tmp_path / "plain.jsonl").write_text('{"index": 1}\n')
-    for name, message in (("broken.jsonl.gz", "cannot be read"), ("none", "no batch-"), ("absent", "no such file or folder"), ("bad.json", "neither a list"), ("empty.jsonl", "no description in it"),
-                          ("plain.jsonl", "line 1: not a record of Neuronpedia")):
+    (tmp_path / "other.jsonl").write_text('{"index": 1}\n')
+    for name, message in BAD_EXPORTS.items():
         with pytest.raises(UserError, match=message):
-            labels.read_explanations(tmp_path / name, sae)
+            descriptions.read_explanations(tmp_path / name, scope())
     for index in ("1024", "-1", "x"):
         (tmp_path / "far.json").write_text(json.dumps([record(1, "a"), record(index, "b")]))
         with pytest.raises(UserError, match=f"record 2: index is '{index}'; this SAE has features 0 to 1023"):
-            labels.read_explanations(tmp_path / "far.json", sae)
+            descriptions.read_explanations(tmp_path / "far.json", scope())
+    records = [record(1, "a"), record(2, "b", layer="11-gemmascope-res-1k__l0-21")]
+    (tmp_path / "two.json").write_text(json.dumps(records))
+    with pytest.raises(UserError, match="record 2: explanations of gemma-2-2b/11-gemmascope-res-1k, L0 21"):
+        descriptions.read_explanations(tmp_path / "two.json", scope())
 
 
 SCOPE = "google/gemma-scope-2b-pt-res:layer_12/width_65k/average_l0_"
+# Neuronpedia's id; the L0 of the SAE; release of the SAE; what the sentence says (None: it fits).
+SOURCES = [
+    ("12-gemmascope-res-65k__l0-21", "21", "2b-pt", None), ("12-gemmascope-res-65k", "72", "2b-pt", None),
+    ("12-gemmascope-res-65k", "21", "2b-pt", r"res-65k, L0 72; .*needs those of gemma-2-2b/12-\*res-65k, L0 21"),
+    ("12-gemmascope-res-65k__l0-72", "21", "2b-pt", "L0 72; .* L0 21"), ("nonsense", "72", "2b-pt", "L0 unknown; "),
+    ("11-gemmascope-res-65k__l0-21", "21", "2b-pt", "needs those of gemma-2-2b/12-"),
+    ("12-gemmascope-res-16k__l0-21", "21", "2b-pt", r"needs those of gemma-2-2b/12-\*res-65k"),
+    ("12-gemmascope-mlp-65k", "72", "2b-pt", "needs those of gemma-2-2b/12-"),
+    ("12-gemmascope-res-65k", "72", "9b-pt", "needs those of gemma-2-9b/12-"),
+    ("12-gemmascope-res-65k", "72", "2b-it", "needs those of gemma-2-2b-it/12-"),
+]
 
 
-@pytest.mark.parametrize("source_id, sae_source, message", [
-    ("12-gemmascope-res-65k__l0-21", SCOPE + "21", None), ("12-gemmascope-res-65k", SCOPE + "72", None),
-    ("12-gemmascope-res-65k", SCOPE + "21", "without a suffix it is the one of L0 72, not 21; look for 12-gemmascope-res-65k__l0-21"),
-    ("12-gemmascope-res-65k__l0-72", SCOPE + "21", "L0 72, not 21"), ("11-gemmascope-res-65k__l0-21", SCOPE + "21", "layer 11, not 12"),
-    ("12-gemmascope-res-16k__l0-21", SCOPE + "21", "16k features, not 65k"), ("12-gemmascope-mlp-65k", SCOPE + "72", "residual stream"), ("nonsense", SCOPE + "72", "layer is 'nonsense'"),
-    ("12-gemmascope-res-65k", SCOPE.replace("2b", "9b") + "72", "of gemma-2-2b, not gemma-2-9b"), ("12-gemmascope-res-65k", SCOPE.replace("2b-pt", "2b-it") + "72", "not gemma-2-2b-it"),
-])
-def test_explanations_of_another_sae(source_id, sae_source, message, capsys):
+@pytest.mark.parametrize("source_id, l0, release, message", SOURCES)
+def test_explanations_of_another_sae(source_id, l0, release, message, capsys):
     """The paper's own labels were those of the SAE with L0 72, used for the one with L0 21."""
-    sae = scope(65536, source=sae_source)
+    sae = scope(65536, source=SCOPE.replace("2b-pt", release) + l0)
     if message is None:
-        labels.check_source("gemma-2-2b", source_id, sae, "f, line 1")
+        descriptions.check_source(f"gemma-2-2b/{source_id}", sae, "f, line 1")
         assert capsys.readouterr().err == ""
     else:
-        with pytest.raises(UserError, match=message) as error:
-            labels.check_source("gemma-2-2b", source_id, sae, "f, line 1")
-        assert str(error.value).startswith("f, line 1: ")
+        with pytest.raises(UserError, match=f"f, line 1: explanations of gemma-2-2b/{source_id[:8]}.*{message}"):
+            descriptions.check_source(f"gemma-2-2b/{source_id}", sae, "f, line 1")
 
 
 def test_what_cannot_be_checked_is_said(capsys):
-    labels.check_source("gemma-2-2b", "20-gemmascope-res-1k", scope(layer=20), "f")                    # a canonical L0 not known here
-    labels.check_source("gemma-2-2b", "12-gemmascope-res-1k__l0-5", scope(source="somewhere"), "f")    # an SAE that does not say its own
-    assert capsys.readouterr().err.count("cannot be checked") == 2
-    labels.check_source("gemma-2-2b", "12-gemmascope-res-1m", scope(2**20, source="somewhere"), "f")
-    for model, width, l0 in (("gemma-2-2b", 16384, 82), ("gemma-2-2b", 65536, 72), ("gemma-2-9b", 16384, 130)):
-        with pytest.raises(UserError, match=f"it is the one of L0 {l0}, not 5"):
-            labels.check_source(model, f"12-gemmascope-res-{width // 1000}k", scope(width, source="x:average_l0_5"), "f")
+    check = descriptions.check_source
+    check("gemma-2-2b/20-gemmascope-res-1k", scope(layer=20), "f")                # which L0 is canonical is not known
+    check("gemma-2-2b/12-gemmascope-res-1k__l0-5", scope(source="somewhere"), "f")      # an SAE that names no L0
+    check("gemma-2-2b/12-gemmascope-res-1m", scope(2**20, source="somewhere"), "f")
+    assert capsys.readouterr().err.count("cannot be checked") == 3
 
 
-# ---- the judge ------------------------------------------------------------------------------------------------------------------------
+# ---- the judge ---------------------------------------------------------------------------------------------------
 
 def test_yes_no_and_neither():
-    assert all(labels.verdict(text) is True for text in ("Yes", " yes\n", "`YES`", "Yes.", "`Yes`.", "Yes (log p -0.1 against -2.3)"))
-    assert all(labels.verdict(text) is False for text in ("No", "no.", " `No` "))
-    assert all(labels.verdict(text) is None for text in ("", "Yes, it", "Maybe", "Yes No", "nope", "Yes!", "not"))
-    assert set(labels.CRITERIA) == set(labels.LABELS) and all(60 <= len(text.split()) <= 100 for text in labels.CRITERIA.values())
-    assert "bold words" in labels.question("style", "bold words") != labels.question("alignment", "bold words")
+    says = descriptions.yes_or_no
+    yes = ("Yes", " yes\n", "`YES`", "Yes.", "`Yes`.", "Yes (log p -0.1 against -2.3)")
+    assert all(says(text) is True for text in yes)
+    assert all(says(text) is False for text in ("No", "no.", " `No` "))
+    assert all(says(text) is None for text in ("", "Yes, it", "Maybe", "Yes No", "nope", "Yes!", "not"))
+
+
+def test_questions():
+    assert set(descriptions.CRITERIA) == set(labels.LABELS)
+    assert all(60 <= len(text.split()) <= 100 for text in descriptions.CRITERIA.values())
+    style, alignment = (descriptions.prompt_of(label, "bold words") for label in labels.LABELS)
+    assert "\n\nbold words\n\n" in style and style != alignment and "  " not in style
 
 
 class Endpoint(BaseHTTPRequestHandler):
-    """An OpenAI-compatible endpoint. says(prompt) -> answer, or a number: an HTTP error; asked: the prompts; sent: the bodies and headers."""
-    says, asked, sent = None, [], []
+    """An OpenAI-compatible endpoint. says(prompt) -> answer, or the number of an HTTP error."""
+    says, asked, sent = None, [], []      # asked: the prompts; sent: path, body, authorization
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -294,8 +451,10 @@ class Endpoint(BaseHTTPRequestHandler):
         self.sent.append((self.path, body, self.headers.get("Authorization")))
         said = type(self).says(prompt)
         code = said if isinstance(said, int) else 200
-        out = {"error": "refused for " + str(self.headers.get("Authorization"))} if code != 200 else {
-            "id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}]}
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}
+        out = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+        if code != 200:
+            out = {"error": "refused for " + str(self.headers.get("Authorization"))}
         out = json.dumps(out).encode()
         try:
             self.send_response(code)
@@ -313,12 +472,10 @@ class Endpoint(BaseHTTPRequestHandler):
 @pytest.fixture
 def endpoint(monkeypatch):
     """The address of a running Endpoint."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)      # that is about the Hub; this server is here
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.delenv("FSRL_JUDGE_KEY", raising=False)
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)      # that is about the Hub
+    for name in ("HF_TOKEN", "FSRL_JUDGE_KEY", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    Endpoint.asked, Endpoint.sent = [], []
+    Endpoint.asked, Endpoint.sent, Endpoint.says = [], [], staticmethod(expert)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/v1"
@@ -330,221 +487,139 @@ ABOUT = {3: "bold marks", 8: "refusing harm", 11: "cats", 12: "bold refusals"}
 
 
 def expert(prompt):
-    style = prompt.startswith(labels.CRITERIA["style"])
-    text = prompt.removeprefix(labels.CRITERIA["style" if style else "alignment"])
-    return "Yes." if ("bold" if style else "refus") in text else " `no`"
+    is_style = prompt.startswith("Criterion: the feature is about how a text is presented")
+    text = prompt.split("\n\n")[2]
+    return "Yes." if ("bold" if is_style else "refus") in text else " `no`"
 
 
-def test_endpoint(tmp_path, endpoint, monkeypatch, capsys):
-    """What is asked, in which form; rows in order; nothing is asked twice; another judge or description is."""
+def named(judge, name="friend"):
+    judge.name = name
+    return judge
+
+
+judge_labels = descriptions.judge_labels
+
+
+def test_endpoint(tmp_path, endpoint, monkeypatch):
+    """What is asked, in which form; nothing is asked twice; another judge, description or criterion is."""
     monkeypatch.setenv("FSRL_JUDGE_KEY", "very-secret")
-    Endpoint.says, raw = staticmethod(expert), tmp_path / "labels.raw.jsonl"
-    ask = labels.endpoint_judge(endpoint, "wise", workers=3)
-    rows = labels.judge_labels(ABOUT, ask, raw, scope())
-    assert [(r["index"], r["labels"]) for r in rows] == [(3, ["style"]), (8, ["alignment"]), (11, []), (12, ["style", "alignment"])]
-    assert len(Endpoint.asked) == 8 and "8 questions asked, 0 answers reused, 0 answers neither Yes nor No, 0 errors" in capsys.readouterr().out
+    raw, judge = tmp_path / "labels.raw.jsonl", descriptions.endpoint_judge(endpoint, "wise")
+    rows = judge_labels(ABOUT, judge, raw)
+    assert [(r["index"], r["labels"]) for r in rows] == [
+        (3, ["style"]), (8, ["alignment"]), (11, []), (12, ["style", "alignment"])]
     path, body, authorization = Endpoint.sent[0]
     assert path == "/v1/chat/completions" and authorization == "Bearer very-secret"
-    assert {k: body[k] for k in ("model", "max_tokens", "temperature", "seed")} == {"model": "wise", "max_tokens": 5, "temperature": 0, "seed": 0}
-    lines = [json.loads(line) for line in raw.read_text(encoding="utf-8").splitlines()]
-    assert len(lines) == 8 and all(list(line) == ["index", "criterion", "description", "judge", "answer", "prompt"] and line["judge"] == "wise" for line in lines)
-    assert labels.judge_labels(ABOUT, ask, raw, scope()) == rows and len(Endpoint.asked) == 8
-    assert "0 questions asked, 8 answers reused" in capsys.readouterr().out
-    labels.judge_labels({**ABOUT, 3: "bold words"}, ask, raw, scope())
+    assert body.items() >= {"model": "wise", "max_tokens": 5, "temperature": 0, "seed": 0}.items()
+    lines = lines_of(raw)
+    assert len(lines) == 8 and all(line["judge"] == "wise" for line in lines)
+    assert all(set(line) == {"index", "criterion", "description", "judge", "prompt", "answer"} for line in lines)
+    assert judge_labels(ABOUT, judge, raw) == rows and len(Endpoint.asked) == 8
+    judge_labels({**ABOUT, 3: "bold words"}, judge, raw)
     assert len(Endpoint.asked) == 10
-    labels.judge_labels(ABOUT, labels.endpoint_judge(endpoint, "other"), raw, scope())
+    judge_labels(ABOUT, descriptions.endpoint_judge(endpoint, "other"), raw)
     assert len(Endpoint.asked) == 18
-    monkeypatch.setitem(labels.CRITERIA, "style", labels.CRITERIA["style"] + " Really.")
-    labels.judge_labels(ABOUT, ask, raw, scope())
+    monkeypatch.setitem(descriptions.CRITERIA, "style", descriptions.CRITERIA["style"] + " Really.")
+    judge_labels(ABOUT, judge, raw)
     assert len(Endpoint.asked) == 22, "a question in other words is another question"
-    labels.write_labels(tmp_path / "labels.jsonl", rows, scope(), f"judge {ask.name}")
-    assert labels.read_labels(tmp_path / "labels.jsonl", scope())[12]["by"] == "judge wise"
-    assert not any("very-secret" in p.read_text(encoding="utf-8") for p in tmp_path.iterdir())
-    with pytest.raises(UserError, match="explanation of feature 5000"):
-        labels.judge_labels({5000: "x"}, ask, raw, scope())
+    assert "very-secret" not in raw.read_text(encoding="utf-8")
 
 
-def test_nonsense_is_unknown_and_not_asked_again(tmp_path, endpoint, capsys):
-    Endpoint.says, raw = staticmethod(lambda prompt: "I think so" if "cats" in prompt else expert(prompt)), tmp_path / "raw"
-    ask = labels.endpoint_judge(endpoint, "wise")
-    for asked in (8, 0):
-        rows = labels.judge_labels(ABOUT, ask, raw, scope())
-        assert {r["index"]: r["labels"] for r in rows}[11] is None and rows[0]["labels"] == ["style"]
-        out = capsys.readouterr().out
-        assert f"{asked} questions asked" in out and "2 answers neither Yes nor No" in out and "1 features stay unknown" in out
+def test_nonsense_is_unknown_and_not_asked_again(tmp_path, endpoint):
+    Endpoint.says = staticmethod(lambda prompt: "I think so" if "cats" in prompt else expert(prompt))
+    judge = descriptions.endpoint_judge(endpoint, "wise")
+    for _ in range(2):
+        rows = judge_labels(ABOUT, judge, tmp_path / "raw")
+        assert [r["labels"] for r in rows] == [["style"], ["alignment"], None, ["style", "alignment"]]
     assert len(Endpoint.asked) == 8
 
 
-def test_an_endpoint_that_dies_is_gone_on_with(tmp_path, endpoint, monkeypatch, capsys):
+def test_an_endpoint_that_dies_is_gone_on_with(tmp_path, endpoint, monkeypatch):
     """Answers before its death are kept, also half a line of a crash does no harm, and only the rest is asked for."""
     monkeypatch.setenv("FSRL_JUDGE_KEY", "very-secret")
     many, raw = {i: f"bold {i}" for i in range(20)}, tmp_path / "raw"
     Endpoint.says = staticmethod(lambda prompt: expert(prompt) if len(Endpoint.asked) <= 13 else 500)
-    ask = labels.endpoint_judge(endpoint, "wise", workers=1)
-    with pytest.raises(UserError, match=r"judge wise: 5 questions in a row failed .*; 13 of 40 answers are kept in .*raw, and the same command goes on from there") as error:
-        labels.judge_labels(many, ask, raw, scope())
-    assert len(Endpoint.asked) < 24 and "500" in str(error.value)
-    lines = [json.loads(line) for line in raw.read_text(encoding="utf-8").splitlines()]
-    assert sum("answer" in line for line in lines) == 13 and sum("error" in line for line in lines) >= 5
+    judge = descriptions.endpoint_judge(endpoint, "wise")
+    with pytest.raises(UserError, match="judge wise: 5 questions in a row failed .*raw keeps the answers") as error:
+        judge_labels(many, judge, raw)
+    assert "500" in str(error.value) and "\n" not in str(error.value)
+    lines = lines_of(raw)
+    assert sum("answer" in line for line in lines) == 13 and sum("error" in line for line in lines) == 5
     assert "very-secret" not in raw.read_text(encoding="utf-8") + str(error.value), "the endpoint repeated it"
-    with open(raw, "a", encoding="utf-8") as file:
-        file.write('{"index": 3, "criterion": "sty')
+    before = raw.read_bytes() + b'\n{"index": 3, "criterion": "sty'
+    raw.write_bytes(before)
     Endpoint.says, Endpoint.asked = staticmethod(expert), []
-    rows = labels.judge_labels(many, ask, raw, scope())
-    assert len(Endpoint.asked) == 27 and all(r["labels"] == ["style"] for r in rows) and "27 questions asked, 13 answers reused" in capsys.readouterr().out
-    assert len([json.loads(line) for line in raw.read_text(encoding="utf-8").splitlines()]) == len(lines) + 27
+    rows = judge_labels(many, judge, raw)
+    assert len(Endpoint.asked) == 27 and all(r["labels"] == ["style"] for r in rows)
+    assert raw.read_bytes().startswith(before), "nothing is taken away from the file"
+    assert judge_labels(many, judge, raw) == rows and len(Endpoint.asked) == 27
 
 
-def test_some_errors_are_unknown_for_now(tmp_path, endpoint, capsys):
+def test_some_errors_are_unknown_for_now(tmp_path, endpoint):
     Endpoint.says = staticmethod(lambda prompt: (time.sleep(0.6), "Yes")[1] if "cats" in prompt else expert(prompt))
-    rows = labels.judge_labels(ABOUT, labels.endpoint_judge(endpoint, "wise", timeout=0.2, workers=1), tmp_path / "raw", scope())
-    out = capsys.readouterr().out
-    assert [r["labels"] for r in rows] == [["style"], ["alignment"], None, ["style", "alignment"]] and "2 errors; 1 features stay unknown, and the same command asks the failed" in out
+    rows = judge_labels(ABOUT, descriptions.endpoint_judge(endpoint, "wise", timeout=0.2), tmp_path / "raw")
+    assert [r["labels"] for r in rows] == [["style"], ["alignment"], None, ["style", "alignment"]]
     assert sum("timed out" in line for line in (tmp_path / "raw").read_text().splitlines()) == 2
     Endpoint.says, Endpoint.asked = staticmethod(expert), []
-    rows = labels.judge_labels(ABOUT, labels.endpoint_judge(endpoint, "wise"), tmp_path / "raw", scope())
+    rows = judge_labels(ABOUT, descriptions.endpoint_judge(endpoint, "wise"), tmp_path / "raw")
     assert rows[2]["labels"] == [] and len(Endpoint.asked) == 2
 
 
 def test_failures_between_successes_do_not_stop_it(tmp_path):
-    """Four of five questions fail; but for the fifth, the endpoint would be taken to be down."""
+    """Four of five questions fail; but for the fifth, the judge would be taken to be down."""
     calls = []
 
-    def ask(prompt):
+    def judge(prompt):
         calls.append(prompt)
         if len(calls) % 5:
             raise ConnectionError("busy")
         return "Yes"
-    rows = labels.judge_labels({i: str(i) for i in range(20)}, ask, tmp_path / "raw", scope())
-    assert len(calls) == 40 and len(rows) == 20 and sum('"answer"' in line for line in (tmp_path / "raw").read_text().splitlines()) == 8
-
-
-def test_the_order_of_answers_does_not_matter(tmp_path):
-    def ask(prompt):
-        time.sleep(0.02 * (hash(prompt) % 5))
-        return expert(prompt)
-    assert labels.judge_labels(ABOUT, ask, tmp_path / "a", scope(), workers=5) == labels.judge_labels(ABOUT, expert, tmp_path / "b", scope())
+    rows = judge_labels({i: str(i) for i in range(20)}, named(judge), tmp_path / "raw")
+    assert len(calls) == 40 and len(rows) == 20
+    assert sum("answer" in line for line in lines_of(tmp_path / "raw")) == 8
 
 
 def test_no_endpoint(tmp_path, endpoint, monkeypatch):
     for url in ("localhost:8000", "ftp://x/v1", ""):
-        with pytest.raises(UserError, match="give the http"):
-            labels.endpoint_judge(url, "wise")
+        with pytest.raises(UserError, match="give an address such as http"):
+            descriptions.endpoint_judge(url, "wise")
     with pytest.raises(UserError, match="5 questions in a row failed"):
-        labels.judge_labels(ABOUT, labels.endpoint_judge("http://127.0.0.1:9/v1", "wise"), tmp_path / "raw", scope())
+        judge_labels(ABOUT, descriptions.endpoint_judge("http://127.0.0.1:9/v1", "wise"), tmp_path / "raw")
     monkeypatch.setenv("HF_TOKEN", "hf_mine")
-    Endpoint.says = staticmethod(expert)
-    labels.endpoint_judge(endpoint, "wise")("x")
-    assert Endpoint.sent[0][2] == "Bearer none", "the Hub's token goes to the Hub's own endpoints only"
-    (tmp_path / "other").write_text('{"index": 1}\n')
-    with pytest.raises(UserError, match="other, line 1: not an answer of a judge"):
-        labels.judge_labels(ABOUT, expert, tmp_path / "other", scope())
+    descriptions.endpoint_judge(endpoint, "wise")("Criterion\n\nx\n\ny")
+    assert Endpoint.sent[0][2] == "Bearer no-key", "the login's token is sent to no endpoint"
 
 
-def test_local_judge(tmp_path, lab, tokenizer, capsys):
+def test_gemma_judge(tmp_path, lab, tokenizer):
     """Two answers of several tokens each: their log-probabilities are those of the whole answers."""
-    ask = labels.local_judge(lab, tokenizer)
-    said = ask("Is it?")
-    assert said == ask("Is it?") and labels.verdict(said) is not None
-    from gemma import encode_prompt, encode_text
-    ids, score = encode_prompt(tokenizer, "Is it?"), {}
+    judge = descriptions.gemma_judge(lab, tokenizer)
+    said, ids, score = judge("Is it?"), encode_prompt(tokenizer, "Is it?"), {}
+    assert said == judge("Is it?") and descriptions.yes_or_no(said) is not None
     for word in ("Yes", "No"):
         answer = encode_text(tokenizer, word)
-        assert len(answer) > 1
+        assert len(answer) > 1                               # the lab's tokenizer spells such words out
         logp = lab.logits(lab(torch.tensor([ids + answer]))[0]).log_softmax(-1)
         score[word] = sum(logp[len(ids) + i - 1, t].item() for i, t in enumerate(answer))
     best, other = sorted(score, key=score.get, reverse=True)
-    assert said == f"{best} (log p {score[best]:.4f} against {score[other]:.4f})"
-    few = {3: ABOUT[3]}                                     # the lab's tokenizer spells such words out
-    rows = labels.judge_labels(few, ask, tmp_path / "raw", scope())
-    assert all(r["labels"] is not None for r in rows) and ask.name == f"gemma {lab.identity()}"
-    assert labels.judge_labels(few, labels.local_judge(lab, tokenizer), tmp_path / "raw", scope()) == rows and "2 answers reused" in capsys.readouterr().out
+    numbers = [float(number) for number in said.removeprefix(f"{best} (log p ").removesuffix(")").split(" against ")]
+    assert numbers == pytest.approx([score[best], score[other]], abs=2e-4)
+    few = {3: ABOUT[3]}
+    rows = judge_labels(few, judge, tmp_path / "raw")
+    assert all(r["labels"] is not None for r in rows) and judge.name == f"gemma {lab.identity()}"
+    assert judge_labels(few, named(lambda prompt: 1 / 0, judge.name), tmp_path / "raw") == rows, "asked again"
 
 
-# ---- rules and sheets -----------------------------------------------------------------------------------------------------------------
+# ---- the command line --------------------------------------------------------------------------------------------
 
-def test_rules_by_hand():
-    says = labels.rule_labels
-    for case in (("x", "**", "y"), ("a", "\n\n", "b"), ("a", ".", ""), ("", "🎉", ""), ("model\n", "Sure", "! I"), ("x\n", " Great", ", so"), ("\n", "2", ". b"), ("", "#", " A"), ("\n", "-", " a")):
-        assert says(*case) == ["style"], case
-    for case in (("I can", "'t", " help"), ("I", " can", "'t do"), ("that is un", "eth", "ical"), ("I", " refuse", "."), ("", " harmful", ""), ("", " perhaps", " not"), ("he", " lied", " to")):
-        assert says(*case) == ["alignment"], case
-    for case in (("the", " cat", " sat"), ("", "Great", " apes are"), ("in ", "2", " days"), ("", "\ufffd", "x"), ("x", "<end_of_turn>", "\n"), ("the", " lieutenant", ""), ("", "", "")):
-        assert says(*case) == [], case
-
-
-class Planted:
-    """Stands in for top_contexts: feature 0 on "!", feature 1 half and half, feature 2 on refusals, feature 3 nowhere."""
-
-    def __init__(self, tokenizer):
-        self.one = tokenizer.token_to_id
-
-    def rows(self):
-        return [[2, self.one("Sure"), self.one("!"), self.one("▁the"), self.one("▁steal")]]
-
-    def __call__(self, model, sae, rows, *args, **kwargs):
-        value = torch.tensor([[3., 2., 0.], [5., 5., 0.], [4., 1., 0.], [0., 0., 0.]])
-        position = torch.tensor([[2, 2, 0], [2, 3, 0], [4, 3, 0], [0, 0, 0]])
-        return value, torch.zeros(4, 3, dtype=torch.long), position
-
-
-def test_rules_labels(tokenizer, monkeypatch):
-    planted = Planted(tokenizer)
-    assert None not in planted.rows()[0]
-    monkeypatch.setattr(labels, "top_contexts", planted)
-    rows = labels.rules_labels(None, None, tokenizer, planted.rows())
-    assert [(r["index"], r["labels"]) for r in rows] == [(0, ["style"]), (1, ["style"]), (2, ["alignment"])]
-    assert rows[0]["description"] == 'strongest on "!"' and '" the"' in rows[1]["description"]
-
-
-def test_sheet(tmp_path, lab, tokenizer):
-    sae, path = small_sae(lab), tmp_path / "new" / "sheet.csv"
-    rows = random_rows(lab, [20] * 6)
-    assert labels.sheet(path, lab, sae, tokenizer, rows, features=12, seed=3) == 12
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        lines = list(csv.DictReader(file))
-    fires = (labels.top_contexts(lab, sae, rows)[0][:, 0] > 0).nonzero()[:, 0].tolist()
-    index = [int(line["index"]) for line in lines]
-    assert index == sorted(set(index)) and set(index) <= set(fires) and len(index) == 12
-    assert all(1 <= line["contexts"].count("«") == line["contexts"].count("»") <= 5 and line["style"] == line["alignment"] == "" for line in lines)
-    with pytest.raises(UserError, match="exists and may be filled in"):
-        labels.sheet(path, lab, sae, tokenizer, rows)
-    labels.sheet(tmp_path / "other.csv", lab, sae, tokenizer, rows, features=12, seed=4)
-    assert (tmp_path / "other.csv").read_text() != path.read_text()
-    with pytest.raises(UserError, match="nothing is filled in"):
-        labels.read_sheet(path, sae)
-
-    def fill(*cells, delimiter=","):
-        with open(tmp_path / "filled.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, labels.COLUMNS, delimiter=delimiter)
-            writer.writeheader()
-            writer.writerows({**line, "style": s, "alignment": a} for line, (s, a) in zip(lines, cells))
-        return tmp_path / "filled.csv"
-    for delimiter in ",;":
-        got = labels.read_sheet(fill(("y", "N"), (" YES ", "1"), ("", ""), ("0", "no"), delimiter=delimiter), sae)
-        assert [(r["index"], r["labels"]) for r in got] == [(index[0], ["style"]), (index[1], ["style", "alignment"]), (index[3], [])]
-    labels.write_labels(tmp_path / "labels.jsonl", got, sae, "hand")
-    assert len(labels.read_labels(tmp_path / "labels.jsonl", sae)) == 3
-    for cell, message in ((("maybe", "n"), "line [0-9]+: style is 'maybe'; it has to be y or n"), (("y", ""), "only one of style and alignment is filled in")):
-        with pytest.raises(UserError, match=message):
-            labels.read_sheet(fill(("y", "y"), cell), sae)
-    with pytest.raises(UserError, match="a sheet of another SAE"):
-        labels.read_sheet(fill(("y", "y")), small_sae(lab, seed=5))
-    for text, message in (("index,style,alignment\n5,y,n\n5,y,n\n", "line 3: feature 5 is there twice"), ("index,style,alignment\n99,y,n\n", "line 2: feature 99 does not exist"),
-                          ("index,style,alignment\nx,y,n\n", "line 2: index is 'x'"), ("index,style\n1,y\n", "not a sheet of labels"), ("", "not a sheet of labels")):
-        (tmp_path / "bad.csv").write_text(text)
-        with pytest.raises(UserError, match=message):
-            labels.read_sheet(tmp_path / "bad.csv", sae)
-    with pytest.raises(UserError, match="cannot be read"):
-        labels.read_sheet(tmp_path / "none.csv", sae)
-
-
-# ---- the command line -------------------------------------------------------------------------------------------------------------------
-
-def command(*argv):
-    parser = argparse.ArgumentParser()
-    labels.add_arguments(parser)
-    return labels.make(parser.parse_args(argv))
+@pytest.fixture
+def command(capsys):
+    """command(arguments) -> what was printed; with error=..., the sentence it has to end in."""
+    def run(*argv, error=None):
+        code, printed = labels.main([*argv]), capsys.readouterr()
+        assert code == (2 if error else 0), printed.err
+        if error:
+            assert error in printed.err and "Traceback" not in printed.err
+        return printed.out
+    return run
 
 
 @pytest.fixture
@@ -553,146 +628,112 @@ def tiny(tmp_path, lab):
     from test_gemma import write_model
     folder = write_model(tmp_path / "model", lab)
     (folder / "tokenizer.json").write_bytes((ROOT / "tiny/model/tokenizer.json").read_bytes())
-    save_sae(small_sae(lab), tmp_path / "sae" / "layer_1" / "average_l0_9")
-    (tmp_path / "train.jsonl").write_text("\n".join((ROOT / "tiny/pairs/style/train.jsonl").read_text(encoding="utf-8").splitlines()[:10]), encoding="utf-8")
-    return ["--model", str(folder), "--sae", str(tmp_path / "sae"), "--pairs", str(tmp_path), "--device", "cpu"], tmp_path / "sae" / "layer_1" / "average_l0_9" / "labels.jsonl"
+    beside = tmp_path / "sae" / "layer_1" / "average_l0_9"
+    save_sae(small_sae(lab), beside)
+    pairs = (ROOT / "tiny/pairs/style/train.jsonl").read_text(encoding="utf-8").splitlines()[:10]
+    (tmp_path / "train.jsonl").write_text("\n".join(pairs), encoding="utf-8")
+    options = ["--model", str(folder), "--sae", str(tmp_path / "sae"), "--pairs", str(tmp_path), "--device", "cpu"]
+    return options, beside / "labels.jsonl"
 
 
-def test_rules_sheet_and_agreement_from_the_command_line(tmp_path, tiny, capsys):
+def test_rules_sheet_and_agreement(tmp_path, tiny, command):
     options, path = tiny
-    assert command("--make-labels", "rules", *options) == 0 and path.exists()
-    assert "unlabelled" in (out := capsys.readouterr().out) and "both at once" in out and str(path) in out
-    with pytest.raises(UserError, match=r"exists \(made by rules\); --force replaces it, --out names another"):
-        command("--make-labels", "rules", *options)
+    out = command("rules", *options)
+    assert path.exists() and str(path) in out and "unlabelled" in out and "both" in out
+    command("rules", *options, error="exists (made by rules); --force replaces it, --out names another")
     before = path.read_bytes()
-    assert command("--make-labels", "rules", "--force", *options) == 0 and path.read_bytes() == before
-    assert command("--make-labels", "sheet", "--features", "15", *options) == 0 and "write y or n" in capsys.readouterr().out
-    page = path.with_suffix(".csv")
-    with pytest.raises(UserError, match="exists and may be filled in"):
-        command("--make-labels", "sheet", *options)
-    with open(page, newline="", encoding="utf-8-sig") as file:
-        lines = list(csv.DictReader(file))
-    with open(page, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, labels.COLUMNS)
-        writer.writeheader()
-        writer.writerows({**line, "style": "yn"[i % 2], "alignment": "n"} for i, line in enumerate(lines))
+    command("rules", "--force", *options)
+    assert path.read_bytes() == before
+    page, hand = path.with_suffix(".csv"), tmp_path / "hand.jsonl"
+    assert "write y or n" in command("sheet", "--features", "15", *options)
+    command("sheet", *options, error="exists and may be filled in")
+    lines = sheet_of(page)
     assert len(lines) >= 10
-    with pytest.raises(UserError, match="--force replaces it"):
-        command("--make-labels", str(page), *options)
-    assert command("--make-labels", str(page), "--out", str(tmp_path / "hand.jsonl"), *options) == 0
-    assert {json.loads(line)["by"] for line in (tmp_path / "hand.jsonl").read_text().splitlines()} == {"hand"}
-    capsys.readouterr()
-    assert command("--agree", str(tmp_path / "hand.jsonl"), str(path), *options) == 0
-    out = capsys.readouterr().out
-    assert out.count("features judged in both") == 2 and out.count("MCC") == 2 and f"style: {len(lines)} features" in out
+    filled(page, lines, [("yn"[i % 2], "n") for i in range(len(lines))])
+    command(str(page), *options, error="--force replaces it")
+    command(str(page), "--out", str(hand), *options)
+    assert {line["by"] for line in lines_of(hand)} == {"hand"}
+    out = command("agree", str(hand), str(path), *options)
+    assert out.count("features judged in both") == 2 == out.count("MCC") and f"style: {len(lines)} features" in out
 
 
-def test_judge_from_the_command_line(tmp_path, tiny, endpoint, capsys):
+def test_judge_from_the_command_line(tmp_path, tiny, endpoint, command):
     options, path = tiny
     sae = load_sae(options[3])
-    assert sae.d_sae == 32 and sae.layer == 1
-    (tmp_path / "np.json").write_text(json.dumps([record(i, text, layer="1-lab-res-0k__l0-9") for i, text in ABOUT.items()]))
-    judge = ["--make-labels", "judge", "--explanations", str(tmp_path / "np.json"), *options]
-    Endpoint.says = staticmethod(expert)
+    export = tmp_path / "np.json"
+    export.write_text(json.dumps([record(i, text, layer="1-lab-res-0k__l0-9") for i, text in ABOUT.items()]))
+    judge = ["judge", "--explanations", str(export), *options]
     for _ in range(2):                                           # the same judge may replace its own file
-        assert command(*judge, "--judge", endpoint, "--judge-model", "wise") == 0
-    assert len(Endpoint.asked) == 8 and {r["by"] for r in labels.read_labels(path, sae).values()} == {"judge wise"} and path.with_suffix(".raw.jsonl").exists()
-    with pytest.raises(UserError, match=r"made by judge wise"):
-        command(*judge, "--judge", "model")
-    (tmp_path / "np.json").write_text(json.dumps([record(3, "x", layer="1-lab-res-0k__l0-9")]))
-    assert command(*judge, "--judge", "model", "--force") == 0
-    assert next(iter(labels.read_labels(path, sae).values()))["by"].startswith("judge gemma ")
-    for bad in (["--judge", endpoint], ["--judge-model", "wise"]):
-        with pytest.raises(UserError, match="needs --explanations FILE, --judge URL"):
-            command(*judge, *bad)
+        command(*judge, "--judge", endpoint, "--judge-model", "wise")
+    assert len(Endpoint.asked) == 8 and path.with_suffix(".raw.jsonl").exists()
+    assert {r["by"] for r in read_labels(path, sae).values()} == {"judge wise"}
+    command(*judge, "--judge", "model", error="made by judge wise")
+    export.write_text(json.dumps([record(3, "x", layer="1-lab-res-0k__l0-9")]))
+    command(*judge, "--judge", "model", "--force")
+    assert next(iter(read_labels(path, sae).values()))["by"].startswith("judge gemma ")
+    command(*judge, "--judge", endpoint, error="needs --judge-model NAME")
+    command(*judge, "--judge-model", "wise", error="needs --explanations FILE and --judge URL")
 
 
-def test_lab_from_the_command_line(tiny, monkeypatch):
-    import sys
-    import types
+def test_lab_from_the_command_line(tiny, monkeypatch, command):
+    from tiny import features
+    rows = [row(1, ["style"])], [row(2, ["alignment"]), row(3, None)]
+    monkeypatch.setattr(features, "lab_labels", lambda model, tokenizer, sae, progress: rows)
     options, path = tiny
-    stub = types.ModuleType("tiny.features")
-    stub.lab_labels = lambda model, tokenizer, sae, progress: ([row(1, ["style"])], [row(2, ["alignment"]), row(3, None)])
-    monkeypatch.setitem(sys.modules, "tiny.features", stub)
-    assert command("--make-labels", "lab", *options) == 0
+    command("lab", *options)
     sae = load_sae(options[3])
-    assert labels.read_labels(path, sae)[1]["by"] == "lab, writes" and labels.read_labels(path.with_name("labels_reads.jsonl"), sae)[2]["by"] == "lab, reads"
-    with pytest.raises(UserError, match="made by lab, writes"):
-        command("--make-labels", "lab", *options)
+    assert read_labels(path, sae)[1]["by"] == "lab, writes"
+    assert read_labels(path.with_name("labels_reads.jsonl"), sae)[2]["by"] == "lab, reads"
+    command("lab", *options, error="made by lab, writes")
 
 
-@pytest.mark.parametrize("args, message", [(["--make-labels", "magic"], "it has to be one of lab, rules, judge, sheet, or a filled-in FILE.csv"), (["--make-labels", "sheet", "--features", "0"], "--features is 0"),
-                                           (["--make-labels", "none.csv", "--out", "runs/never.jsonl"], "none.csv: cannot be read")])
-def test_mistakes_on_the_command_line(args, message):
-    with pytest.raises(UserError, match=message):
-        command(*args)
+MISTAKES = {
+    "magic": "a task is one of lab, rules, judge, sheet, agree, pick, or a filled-in FILE.csv",
+    "sheet --features 0": "--features is 0", "agree a": "agree takes 2 more words, not 1",
+    "none.csv --out runs/never.jsonl": "none.csv: cannot be read", "rules x": "rules takes 0 more words",
+    "pick style": "pick needs --out FILE", "pick tone --out x": "pick tone: it has to be style",
+    "pick style --out README.md": "README.md exists; --force replaces it",
+    "pick style --out x --random 2000": "--random is 2000; only",
+    "pick style --out x --labels none.jsonl": "none.jsonl: no such label file",
+}
 
 
-def test_options_that_the_caller_has_are_skipped():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model")
-    labels.add_arguments(parser, skip=("model",))
-    assert parser.parse_args(["--model", "x"]).make_labels is None
+@pytest.mark.parametrize("args", MISTAKES)
+def test_mistakes_on_the_command_line(args, command):
+    command(*args.split(), error=MISTAKES[args])
+    assert not Path("x").exists()
 
 
-# ---- training with features masked by label ----------------------------------------------------------------------------------------------
+# ---- features masked by label ------------------------------------------------------------------------------------
 
-SHORT = ["--steps", "2", "--eval-pairs", "4", "--train-pairs", "16", "--batch-size", "4", "--lr", "0.1"]
+def test_pick(tmp_path, command):
+    """The lab's style features; the control has as many others, the same for a seed, and none of them."""
+    out = tmp_path / "new" / "mask.txt"
+    rows = read_labels(ROOT / BESIDE / "labels.jsonl", load_sae("tiny/sae"))
+    style, alignment = ({i for i, r in rows.items() if name in r["labels"]} for name in labels.LABELS)
+    printed = command("pick", "style", "--out", str(out))
+    assert set(read_features(out)) == style and f"{len(style)} of 1024 features: labelled style" in printed
+    command("pick", "style,alignment", "--out", str(out), "--force")
+    assert set(read_features(out)) == style | alignment
+    drawn = []
+    for seed in ("0", "0", "1"):
+        command("pick", "style", "--out", str(out), "--random", "200", "--seed", seed, "--force")
+        drawn.append(set(read_features(out)))
+        assert len(drawn[-1]) == 200 and not drawn[-1] & style
+    assert drawn[0] == drawn[1] != drawn[2]
+    everything, _ = labels.pick(rows, 1024, "style", random=1024 - len(style))
+    assert set(everything) == set(range(1024)) - style
+    with pytest.raises(UserError, match="no feature is labelled alignment"):
+        labels.pick({1: row(1, ["style"])}, 32, "alignment")
 
 
-@pytest.fixture(scope="module")
-def by_hand(tmp_path_factory):
-    """The lab's SAE with every third feature style, every fifth alignment, the first 600 known."""
-    path = tmp_path_factory.mktemp("labels") / "labels.jsonl"
-    labels.write_labels(path, [row(i, [name for name, n in (("style", 3), ("alignment", 5)) if i % n == 0]) for i in range(600)], load_sae(str(ROOT / "tiny/sae")), "hand")
-    return str(path)
-
-
-@pytest.mark.parametrize("more, want", [(["--mask-labels", "style"], {i for i in range(600) if i % 3 == 0}), (["--mask-labels", "alignment,style", "--mask", "1,1000"], {i for i in range(600) if i % 3 == 0 or i % 5 == 0} | {1, 1000})])
-def test_masked_by_label(tmp_path, by_hand, more, want, capsys):
-    assert train.main([*SHORT, "--runs", str(tmp_path), "--run", "a", "--labels", by_hand, *more]) == 0
-    assert f"Masked: {len(want)} of 1024 features may not be steered" in (out := capsys.readouterr().out) and "labelled" in out
-    opened = fsrl.load_run(tmp_path / "a")
-    assert set(opened.steering.masked) == want
-    v = opened.steering.features(torch.randn(50, 128, generator=torch.Generator().manual_seed(0)) * 20)
-    masked = torch.tensor(sorted(want))
-    free = torch.tensor(sorted(set(range(1024)) - want))
+def test_training_with_a_picked_mask(tmp_path, command):
+    mask = tmp_path / "mask.txt"
+    command("pick", "style", "--out", str(mask))
+    short = ["--steps", "2", "--eval-pairs", "4", "--train-pairs", "16", "--batch-size", "4", "--lr", "0.1"]
+    assert train.main([*short, "--runs", str(tmp_path), "--run", "a", "--mask", str(mask)]) == 0
+    policy, masked = fsrl.load_run(tmp_path / "a").policy, read_features(mask)
+    v = policy.action(torch.randn(50, 128, generator=torch.Generator().manual_seed(0)) * 20)
+    free = torch.ones(1024, dtype=torch.bool)
+    free[masked] = False
     assert not v[:, masked].any() and v[:, free].any()
-
-
-def test_masked_at_random(tmp_path, by_hand, capsys):
-    sae = load_sae("tiny/sae")
-    def masked(**how):
-        return train.masked_features(train.TrainConfig(**how), sae)
-    named, sets = set(masked(mask_labels="style", labels=by_hand)), []
-    for seed in range(3):
-        got = masked(mask_labels="style", labels=by_hand, mask_random=200, seed=seed, mask="1,2")
-        assert len(got) == 202 and not named & set(got) and {1, 2} <= set(got)
-        assert got == masked(mask_labels="style", labels=by_hand, mask_random=200, seed=seed, mask="1,2")
-        sets.append(set(got))
-    assert sets[0] != sets[1] != sets[2]
-    assert len(masked(mask_random=824, mask_labels="style", labels=by_hand)) == 824 and len(masked(mask_random=1023)) == 1023
-    with pytest.raises(UserError, match="nothing is left to steer with"):
-        masked(mask_random=1024)
-    assert masked() == [] and named & set(masked(mask_random=500))
-    capsys.readouterr()
-    assert train.main([*SHORT, "--runs", str(tmp_path), "--run", "r", "--labels", by_hand, "--mask-labels", "style", "--mask-random", "200"]) == 0
-    assert "Masked: 200 of 1024 features may not be steered (200 at random, none of the 200 labelled style)" in capsys.readouterr().out
-    assert not named & set(fsrl.load_run(tmp_path / "r").steering.masked)
-
-
-@pytest.mark.parametrize("args, message", [
-    (["--mask-labels", "tone"], "--mask-labels is tone; it has to be style, alignment, or style,alignment"), (["--mask-labels", "style,"], "--mask-labels is style,"),
-    (["--labels", "x.jsonl"], "--labels says where the labels of --mask-labels are read"), (["--mask-random", "-1"], "--mask-random is -1; it has to be at least 0"),
-    (["--mask-random", "1025"], "--mask-random is 1025; only 1024 of the SAE's 1024 features are left"), (["--mask-labels", "style", "--labels", "none.jsonl"], "none.jsonl: there is no such label file")])
-def test_mask_mistakes(tmp_path, args, message, capsys):
-    assert train.main([*SHORT, "--runs", str(tmp_path / "runs"), *args]) == 2
-    assert message in capsys.readouterr().err and not (tmp_path / "runs").exists()
-
-
-def test_masks_that_are_not_asked_for_leave_old_results_their_keys():
-    import sys
-    sys.path.insert(0, str(ROOT / "docs"))
-    import results
-    kept = results.settings("style", 0)
-    assert not {"mask_labels", "labels", "mask_random"} & set(kept) and results.key("style", 0) in json.loads(results.DATA.read_text(encoding="utf-8"))["runs"]

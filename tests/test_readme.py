@@ -1,4 +1,5 @@
-"""The README's promises: its adapter trains, its links and line counts are right, its commands exist, its table is what was measured."""
+"""What README.md and docs/ promise: commands run, examples train, links exist, tables and numbers are as measured."""
+import importlib
 import json
 import re
 import shlex
@@ -10,162 +11,254 @@ import torch
 import fsrl
 import train
 from common import ROOT
-from sae import load_sae
-from tiny import make
+from experiments import bench, figures, results
+from lib.settings import parser
+from tiny import world
 
-sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "tests")]
-import bench  # noqa: E402
-import results  # noqa: E402
-
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+         for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+README = PAGES["README.md"]
+SMALL = ["--steps", "2", "--eval-pairs", "4", "--train-pairs", "16", "--batch-size", "4"]
+KNOWN = (r"(train|fsrl|analyze|sae)\.py|-m (pytest|venv|instruments\.labels|tiny\.(make|calibrate)"
+         r"|experiments\.(results|figures|bench))")
+RUN = r"runs/style-\d|RUN"
 
 
-@pytest.fixture(autouse=True)
-def _at_the_root(monkeypatch):
+# ---- what stands in the pages ----------------------------------------------------------------------------------------
+
+def commands():
+    """Every command of every page, one line each: of bash blocks, of indented blocks, and those between backticks."""
+    found = {}
+    for page, text in PAGES.items():
+        text = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", "", text, flags=re.S).replace("\\\n", " ")
+        blocks = re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S) + re.findall(r"^    python .*$", text, re.M)
+        spans = [" ".join(c.split()) for c in re.findall(r"`(python [^`]+)`", text)]
+        for line in re.findall(r"\bpython [^#&;\n]+", "\n".join(blocks)) + [c for c in spans if "..." not in c]:
+            found.setdefault(" ".join(line.split()), page)
+    return found
+
+
+def examples():
+    """{file name: source} of the python examples; each names its file in its first line."""
+    blocks = [b for text in PAGES.values() for b in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)]
+    return {re.match(r"# (my_\w+\.py)", block)[1]: block for block in blocks}
+
+
+COMMANDS = commands()
+TRAININGS = sorted(c for c in COMMANDS if c.startswith("python train.py") and "google/" not in c and "$s" not in c)
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch, capsys):
+    """An empty folder to work in, with the files that the pages tell a reader to write."""
+    for name, source in examples().items():
+        (tmp_path / name).write_text(source, encoding="utf-8")
+        sys.modules.pop(name.removesuffix(".py"), None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def call(command):
+    """The script's main with the command's arguments. -> exit code"""
+    words = shlex.split(command)[1:]
+    name, rest = (words[1], words[2:]) if words[0] == "-m" else (words[0].removesuffix(".py"), words[1:])
+    return importlib.import_module(name).main(rest)
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+def test_every_command_is_known():
+    unknown = [f"{page}: {c}" for c, page in COMMANDS.items() if not re.match(rf"python ({KNOWN})( |$)", c)]
+    assert len(COMMANDS) > 30 and not unknown
+
+
+@pytest.mark.parametrize("command", sorted(c for c in COMMANDS if not re.match(r"python -m (pytest|venv)", c)))
+def test_commands_are_understood(command, monkeypatch):
+    """Their options exist and fit: the settings are made, and nothing is run."""
+    made = []
+
+    def parse(prog, cls, run, argv=None, description=""):
+        given = vars(parser(cls, prog).parse_args(argv))
+        made.append(cls(**{k: v for k, v in given.items() if v is not None}))
+        return 0
+    words = shlex.split(command)
+    if "--help" in words:
+        return
+    module = importlib.import_module(words[2] if words[1] == "-m" else words[1].removesuffix(".py"))
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(module, "command", parse)
+    assert call(command) == 0 and len(made) == 1
 
 
-def test_the_adapter_example(tmp_path, capsys):
-    """The file in "Your own adapter", as it stands there, trained by the command that stands there, at reduced size."""
-    source, = [b for b in blocks("python") if "my_adapter.py" in b.splitlines()[0]]
-    (tmp_path / "my_adapter.py").write_text(source, encoding="utf-8")
-    command, = re.findall(r"^python train.py (--adapter .*)$", README, re.M)
-    flag, spec = command.split()[:2]
-    spec = str(tmp_path / spec)
-    assert train.main([flag, spec, "--steps", "3", "--eval-pairs", "10", "--train-pairs", "40", "--batch-size", "8", "--runs", str(tmp_path / "runs")]) == 0
-    run = fsrl.load_run(tmp_path / "runs" / "style-1", adapter=spec)
-    assert type(run.steering.adapter).__name__ == spec.rpartition(":")[2]
+@pytest.mark.parametrize("command", TRAININGS)
+def test_training_commands_run(command, desk, capsys):
+    """At reduced size: the same options, fewer steps and pairs."""
+    if "--help" in command:
+        assert call(command) == 0 and "--nll-weight" in capsys.readouterr().out
+        return
+    for pick in [c for c in COMMANDS if "instruments.labels pick" in c and ".txt" in command]:
+        assert call(pick) == 0
+    assert call(f"{command} {shlex.join(SMALL)}") == 0
+    assert "The run lies in" in capsys.readouterr().out
+
+
+def test_asking_and_analysing_commands_run(desk, capsys):
+    """On short runs, one of them with the README's adapter."""
+    for adapter in ("", "--adapter my_allowance.py:Allowance --adapter-args free=1"):
+        assert call(f"python train.py {adapter} {shlex.join(SMALL)}") == 0
+    for command in [c for c in COMMANDS if c.startswith("python fsrl.py runs/")]:
+        assert call(command) == 0 and "base" in capsys.readouterr().out
+    command, = [c for c in COMMANDS if re.match(rf"python analyze.py {RUN} --only", c)]
+    assert call(f"{command} --limit 12 --ledger-pairs 4 --quiet") == 0
+    assert all((desk / f"runs/style-1/analysis/{name}.json").is_file() for name in ("usage", "ledger"))
+    own = fsrl.load_run("runs/style-2", adapter="my_allowance.py:Allowance").policy.adapter
+    assert type(own).__name__ == "Allowance" and own.free == 1
 
 
 def test_the_two_lines():
-    text = "\n".join(blocks("bash"))
-    assert "pip install -r requirements.txt && python train.py" in text
-    assert "pip install -r requirements.txt -r requirements-extra.txt && python -m pytest" in text
-    assert "python -m pytest" in (ROOT / ".ci" / "run").read_text() and "-r requirements.txt -r requirements-extra.txt" in (ROOT / ".ci" / "run").read_text()
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    tests = "pip install -r requirements.txt -r requirements-extra.txt && python -m pytest"
+    assert "pip install -r requirements.txt && python train.py" in README and tests in README
+    assert "python -m pytest" in ci and "-r requirements.txt -r requirements-extra.txt" in ci
 
 
-SMALL = ["--steps", "2", "--eval-pairs", "4", "--train-pairs", "16", "--batch-size", "4"]
-COMMANDS = sorted({line.strip() for line in re.findall(r"^\s*(?:\$ )?(python [^#\n]+?)\s*(?:#.*)?$", "\n".join(blocks("bash")), re.M)}
-                  | {" ".join(c.split()) for c in re.findall(r"`(python [^`]+)`", README) if "..." not in c})
+# ---- examples --------------------------------------------------------------------------------------------------------
+
+def test_every_example_is_trained():
+    """What test_training_commands_run runs covers every file that a page shows."""
+    assert len(examples()) >= 3
+    assert not [name for name in examples() if not any(name in c for c in TRAININGS)]
 
 
-def test_every_command_is_known():
-    known = r"python (train\.py|fsrl\.py runs/style-\d|analyze\.py|docs/results\.py|docs/figures\.py|tests/bench\.py|-m pytest|-m venv)( |$)"
-    assert len(COMMANDS) > 12 and not [c for c in COMMANDS if not re.match(known, c)]
+def test_objectives_by_hand(desk):
+    from simpo import Answer
+    ours = importlib.import_module("my_objectives")
+    zero = torch.zeros(1)
+
+    def answer(total, base):
+        total, base = torch.tensor([total]), torch.tensor([base])
+        return Answer(mean=total / 4, sum=total, length=zero + 4, base_mean=base / 4, base_sum=base)
+    same, better = answer(-8.0, -8.0), answer(-3.0, -8.0)
+    assert ours.dpo(same, same).item() == pytest.approx(0.693147, abs=1e-6)
+    assert ours.dpo(better, same).item() == pytest.approx(0.078889, abs=1e-5)      # log(1 + e^(-0.5 · 5))
+    assert ours.ipo(same, same).item() == pytest.approx(25)
+    assert ours.ipo(better, same).item() == pytest.approx(0, abs=1e-6)
+    assert ours.ipo(same, better).item() == pytest.approx(100)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python train.py") and "my_adapter" not in c])
-def test_training_commands_run(command, tmp_path, capsys):
-    """At reduced size: the same options, fewer steps and pairs, a folder of its own."""
-    args = shlex.split(command)[2:]
-    if "--help" in args:
-        assert train.main(args) == 0 and "--nll-weight" in capsys.readouterr().out
-    else:
-        assert train.main([*args, *SMALL, "--runs", str(tmp_path)]) == 0
-        assert "The run lies in" in capsys.readouterr().out
+def test_penalty_by_hand(desk):
+    adapter = importlib.import_module("my_allowance").Allowance(4, 3, free=2.0)
+    assert adapter.penalty(torch.tensor([[1.0, -2.0, 0.0], [0.5, 0.5, 0.0]])).tolist() == [1, 0]
 
 
-def test_analysis_commands_are_understood():
-    """Their options exist and fit; tests/test_analyze.py, test_labels.py and test_calibrate.py run them."""
-    import analyze
-    listed = re.findall(r"^    (python analyze.py [^#\n]+?)(?: &&.*| *#.*)?$", README.replace("\\\n", " "), re.M)
-    commands = [shlex.split(c)[2:] for c in COMMANDS + listed if c.startswith("python analyze.py")]
-    assert len(commands) > 6
-    for args in commands:
-        analyze.parser().parse_args(args)
+def test_the_annotated_answer():
+    """The README's answer makes all eight choices that come up, and is true."""
+    lines = README.split("## One answer, ten choices")[1].split("##")[0]
+    lines = [line[4:] for line in lines.splitlines() if line.startswith("    ") or not line]
+    question = world.read_prompt(re.match(r"> (.*?)  ", "\n".join(lines).strip())[1])
+    shown = [re.split(r"   +", line)[0] for line in lines if line and not line.startswith((">", " "))]
+    text = "\n".join(shown[:-1]) + "\n\n" + shown[-1]
+    choices = world.parse(question, (*world.pieces(text), world.END))
+    assert choices and set(choices) == {*world.STYLE, "truth"}
+    assert all(world.is_on(question, name, index) for name, index in choices.items())
+    weights = json.loads((ROOT / "tiny/pairs/style/meta.json").read_text(encoding="utf-8"))["weights"]
+    for name in world.CHOICES:
+        assert re.search(rf"\b{name}`?\W.*?{re.escape(format(weights[name], '+g') if weights[name] else '0')}", README), name
 
 
-def test_talking_commands_run(tmp_path, capsys):
-    assert train.main([*SMALL, "--runs", str(tmp_path), "--run", "style-1"]) == 0
-    commands = [shlex.split(c) for c in COMMANDS if c.startswith("python fsrl.py") and "--adapter" not in c]
-    assert commands
-    for _, _, run, *rest in commands:
-        assert fsrl.main([run.replace("runs", str(tmp_path)), *rest]) == 0
-        assert "base" in capsys.readouterr().out
+# ---- links, sizes, names ---------------------------------------------------------------------------------------------
+
+def anchor(heading):
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-def test_figures_command_runs(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
-    import figures
-    monkeypatch.setattr(figures, "HERE", tmp_path)
-    monkeypatch.setattr(figures, "FIGURE", tmp_path / "style.png")
-    monkeypatch.setattr(figures, "README", tmp_path / "README.md")
-    figures.README.write_text(README, encoding="utf-8")
-    assert figures.main([]) == 0
-    assert figures.README.read_text(encoding="utf-8") == README
-    assert all((tmp_path / f"{name}.png").stat().st_size > 20_000 for name in ("style", "choices", "frontier", "l1"))
-    assert figures.main([str(tmp_path)]) == 2 and "is not a finished run" in capsys.readouterr().err
+@pytest.mark.parametrize("page", PAGES)
+def test_links(page):
+    folder = (ROOT / page).parent
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]) + re.findall(r'src="([^"]+)"', PAGES[page]):
+        file, _, part = target.partition("#")
+        if file.startswith("http"):
+            continue
+        assert not file or (folder / file).exists(), target
+        if part:
+            text = (folder / file if file else ROOT / page).read_text(encoding="utf-8")
+            assert part in {anchor(h) for h in re.findall(r"^#+ (.*)$", text, re.M)}, target
 
 
-def test_results_command_runs(tmp_path, monkeypatch, capsys):
-    """One experiment of each kind, two steps long, through the code that made the tables."""
-    experiments = {"style": {}, "null": {"pairs": results.COINS}, "random": {"sae": results.RANDOM}, "constant": {"adapter": results.CONSTANT}}
-    monkeypatch.setattr(results, "EXPERIMENTS", {n: {**how, "steps": 2, "train_pairs": 16, "batch_size": 4} for n, how in experiments.items()})
-    monkeypatch.setattr(results, "RUNS", tmp_path)
-    monkeypatch.setattr(results, "measured", lambda model, tokenizer, steering, split: {"l0": steering.features(torch.randn(3, 128)).shape[-1]})
-    monkeypatch.setattr(make, "SIZES", {"train": 20, "dev": 4, "label": 4, "test": 4})
-    for name in experiments:
-        kept = results.one(name, 0, "test")
-        assert kept["l0"] == 1024 and kept["settings"]["steps"] == 2 and kept["settings"]["seed"] == 0
-    base, random = load_sae("tiny/sae"), load_sae(str(tmp_path / "random_dictionary" / "layer_3"))
-    assert random.W_dec.norm(dim=-1).allclose(torch.ones(1024)) and (random.W_dec * base.W_dec).sum(-1).abs().max() < .5
-    assert results.main(["--only", "nothing"]) == 2
+def test_the_first_page_is_short():
+    assert len(README.encode()) <= 13_000
+    assert not [line for line in README.splitlines() if len(line) > 110]
 
 
-@pytest.mark.parametrize("variant", ["cold", "warm"])
-def test_bench_command_runs(variant, capsys):
-    threads = torch.get_num_threads()
-    bench.work("tiny", variant, 1, pairs=2, features=64)
-    torch.set_num_threads(threads)
-    m = json.loads(capsys.readouterr().out)
-    assert m["seconds"] > 0 and m["flop"] > 1e6 and m["gradient"] > 0
-
-
-def test_files_and_links():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r'src="([^"]+)"', README):
-        assert (ROOT / target).exists(), target
-    for name, count in re.findall(r"^\|? ?`(\w+\.py)` \| (\d+) \|", README, re.M):
-        lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
-        assert abs(lines - int(count)) <= 10, f"{name} has {lines} lines, README says {count}"
-
-
-def test_the_table_is_what_was_measured():
-    """The block between the marks is made from docs/style.json, which a run left behind with the defaults that are in force."""
-    import figures
-    data = json.loads(figures.DATA.read_text(encoding="utf-8"))
-    assert figures.in_readme(README) == figures.table(data) and figures.in_readme(README, "analysis") == figures.analysis(data)
-    defaults = train.asdict(train.TrainConfig())
-    assert {k: v for k, v in data["config"].items() if k in defaults and k not in ("device", "dtype")} == {k: v for k, v in defaults.items() if k not in ("device", "dtype")}
-
-
-def test_the_tables_of_results_are_what_was_measured():
-    """Every block of README.md and docs/results.md is made from docs/results.json or docs/bench.json, whose runs have the defaults in force."""
-    data = json.loads(results.DATA.read_text(encoding="utf-8"))
-    made = {**results.Results(data).blocks(), **bench.tables(json.loads(bench.DATA.read_text(encoding="utf-8")))}
-    for page in results.PAGES:
-        text = page.read_text(encoding="utf-8")
-        assert results.filled(text, made) == text, page
-        assert set(re.findall(r"<!-- (\w+) -->", text)) - {"closing", "analysis"} <= set(made)
-    used = set(re.findall(r"<!-- (\w+) -->", README + (ROOT / "docs/results.md").read_text(encoding="utf-8")))
-    assert used == {*made, "closing", "analysis"}
-    for name, (experiments, seeds) in results.GROUPS.items():
-        for experiment in experiments:
-            for seed in range(seeds):
-                run = data["runs"][results.key(experiment, seed)]
-                assert run["settings"] == results.settings(experiment, seed), (name, experiment)
-    assert data["pairs"] == results.pairs_say()
-
-
-def test_blocks_and_spread():
-    text = "a\n<!-- x -->\nold\n<!-- /x -->\nb\n<!-- y -->\n<!-- /y -->\n"
-    assert results.filled(text, {"x": "new\\1\n", "z": "?"}) == text.replace("old\n", "new\\1\n")
-    assert results.spread([1.0, 3.0], "{:+.1f}") == "+2.0 ± 1.4" and results.spread([2.0], "{:.2f}") == "2.00"
+def test_named_tests_exist():
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py"))
+    named = {name for text in PAGES.values() for name in re.findall(r"`(test_\w+)`", text)}
+    assert len(named) > 15 and not {name for name in named if f"def {name}(" not in source}
 
 
 def test_every_printed_column_is_explained():
     for column in "loss penalty margin acc L0 L1 lr tokens/s".split():
-        assert re.search(rf"^\| `{re.escape(column)}` \|", README, re.M), column
+        assert re.search(rf"^\| `{re.escape(column)}` \|", PAGES["docs/reference.md"], re.M), column
+
+
+def test_every_key_of_a_run_is_explained(lab):
+    """Of metrics.jsonl and of fsrl_adapter_config.json."""
+    rows = [json.loads(line) for line in (lab.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    facts = json.loads((lab.folder / fsrl.CONFIG).read_text(encoding="utf-8"))
+    keys = {key for row in rows for key in row} | set(facts)
+    assert not [key for key in sorted(keys) if f"`{key}`" not in PAGES["docs/reference.md"]]
+
+
+# ---- tables and numbers ----------------------------------------------------------------------------------------------
+
+def test_the_tables_are_what_was_measured():
+    """Every block between marks comes from docs/style.json, results.json, bench.json or tiny/calibration.json."""
+    made = results.blocks() | figures.blocks() | bench.blocks()
+    used = {name for text in PAGES.values() for name in re.findall(r"<!-- (\w+) -->", text)}
+    assert used == set(made)
+    for page, text in PAGES.items():
+        assert results.filled(text, made) == text, page
+
+
+def test_the_runs_have_the_defaults_in_force():
+    data = json.loads(figures.DATA.read_text(encoding="utf-8"))
+    defaults = train.asdict(train.TrainConfig())
+    ours = {k: v for k, v in defaults.items() if k not in ("device", "dtype")}
+    assert {k: data["config"].get(k, v) for k, v in ours.items()} == ours
+
+
+def table(name, row):
+    """The cells of one row of a generated table, by the heading of their column."""
+    text = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", "".join(PAGES.values()), re.S)[1]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    cells = next(cells for cells in rows if cells[0] == row)
+    head = [cells for cells in rows[:rows.index(cells)] if len(cells) == len(rows[rows.index(cells)])]
+    return dict(zip([cells for cells in head if not cells[-1].startswith("-")][0], cells, strict=True))
+
+
+NUMBERS = [        # page, what it says, then where that stands: block, row, column, how the cell begins
+    ("README.md", "3.57 against 3.26", "controls", "`style`, random dictionary", "SimPO loss", "3.57"),
+    ("README.md", "3.57 against 3.26", "controls", "`style`", "SimPO loss", "3.26"),
+    ("README.md", "from 4.70", "controls", "base, on `style`", "SimPO loss", "4.70"),
+    ("docs/lab.md", "0.533 against 0.553", "controls", "`style`, γ/β 1", "truth", "0.533"),
+    ("docs/lab.md", "0.533 against 0.553", "controls", "`style`", "truth", "0.553"),
+]
+
+
+@pytest.mark.parametrize(("page", "says", "block", "row", "column", "cell"), NUMBERS)
+def test_numbers_in_the_text(page, says, block, row, column, cell):
+    assert says in " ".join(PAGES[page].split()) and table(block, row)[column].startswith(cell)
+
+
+def test_the_fall_of_decline():
+    """23.7 points at γ/β 0.5, 17.3 at γ/β 1, by the exact measure: the objective is about a quarter of it."""
+    r = results.Results(json.loads(results.DATA.read_text(encoding="utf-8")))
+
+    def fall(name, kind):
+        points = r.points(name, kind, "decline")
+        return -sum(points) / len(points)
+    said = [fall(name, kind) for kind in ("exact", "answers") for name in ("style", "wide")]
+    assert " ".join(f"{x:.1f}" for x in said) == "23.7 17.3 13.8 4.5"
+    assert all(f"{x:.1f}" in PAGES["docs/lab.md"] for x in said)
+    assert 0.2 < 1 - said[1] / said[0] < 0.3 and "about a quarter" in PAGES["docs/lab.md"]

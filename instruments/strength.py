@@ -1,0 +1,77 @@
+"""Steering less, or harder, or with only the k strongest features of every token."""
+from copy import copy
+
+import numpy as np
+import torch
+
+import fsrl
+import simpo
+from instruments.health import health, probe_prompts
+from lib.blocks import Curves, Figures, Table, interval, number
+
+NAME, TITLE = "strength", "Strength and top-k"
+QUESTION = ("What comes of steering less, or harder, or with only the k strongest features of a token? "
+            "The controls are the base model (strength 0) and the policy as trained (strength 1, all).")
+ALL = 128      # stands for all features that the policy itself would steer
+POINTS = {"strength": (0, .25, .5, .75, 1, 1.25, 1.5, 2, 3), "top_k": (1, 2, 4, 8, 16, 32, 64, ALL)}
+ANSWERED = {"strength": (0, 1, 2, 3), "top_k": (1, 8, ALL)}      # answers take long: where it speaks
+
+
+def changed(steerings, strength=1, top_k=ALL):
+    """The same policy at a multiple of its strength, or with fewer features a token."""
+    out = [copy(s) for s in steerings]
+    for s in out:
+        s.strength = s.strength * strength
+        s.top_k = s.top_k if top_k == ALL else min(top_k, s.top_k or s.sae.d_sae)
+    return out[0] if len(out) == 1 else fsrl.Steerings(out)
+
+
+@torch.no_grad()
+def loss(m, rows, policy):
+    """The run's objective on some of the pairs. -> interval"""
+    scores = np.full((len(m.pairs), 2), np.nan)
+    for r in rows:
+        found = simpo.score(m.model, r.batch, policy, r.h)
+        both = torch.stack([found.chosen.mean, found.rejected.mean], 1)
+        scores[r.index] = both.cpu().double().numpy()
+    return m.mean(m.loss(scores))
+
+
+def measure(m, options):
+    """-> pairs; strength, top_k: points, of which some have the health of answers"""
+    rows, (prompts, texts) = m.part(3 * options.draw_pairs), probe_prompts(m, options.probe_answers)
+    how = {"batch_size": options.answer_batch, "max_new_tokens": options.max_new_tokens}
+    out = {"pairs": sum(len(r.index) for r in rows), "strength": [], "top_k": []}
+    for name, values in POINTS.items():
+        for value in m.bar(values, name):
+            policy = changed(m.steerings, **{name: value})
+            point = {name: value, "loss": loss(m, rows, policy)}
+            if value in ANSWERED[name]:
+                point["health"], _ = health(m, policy, prompts, texts, temperature=1.0, **how)
+            out[name].append(point)
+    return out
+
+
+def describe(result, about):
+    return [sweep(result, "strength", "strength"), sweep(result, "top_k", "features a token, k")]
+
+
+def sweep(result, name, along):
+    points, (kind, times, words) = result[name], ("perplexity", 1, "base model’s perplexity")
+    if "parse" in points[0]["health"]:
+        kind, times, words = "parse", 100, "well-formed answers, %"
+    curve = {"name": "loss", "kind": "main", "x": [p[name] for p in points]}
+    for key, end in (("y", "value"), ("low", "low"), ("high", "high")):
+        curve[key] = [p["loss"][end] for p in points]
+    text = {p[name]: times * p["health"][kind] for p in points if "health" in p}
+    ylim = (min(88, min(text.values()) - 2), 101) if times == 100 else (0, 1.15 * max(text.values()))
+    line = {"name": "text", "kind": "other", "x": list(text), "y": list(text.values())}
+    names = {x: "all" if x == ALL else str(x) for x in curve["x"]}
+    axis = {"logx": True, "ticks": names} if name == "top_k" else {"marks": [("x", 1)]}
+    panels = [Curves("Loss", [curve], along, "held-out loss", **axis),
+              Curves("Is the text still sound?", [line], along, words, ylim=ylim, **axis)]
+    rows = []
+    for p in points:
+        rows.append([names[p[name]], interval(p["loss"]), number(text.get(p[name]), ".4g")])
+    table = Table([along, "loss", words], rows)
+    return Figures(panels, [table], f"On {result['pairs']} of the pairs.")
