@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.functional import normalize
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from gemma import encode_answer, encode_prompt, encode_text, load_config, load_gemma, load_tokenizer
 from lib.documents import read_documents
-from lib.files import UserError, short_digest
+from lib.files import UserError
 from lib.pairs import read_pairs
-from lib.sae_files import NAMES, read_sae, write_npz
+from lib.sae_files import NAMES, check_tensors, digest, read_sae, write_npz
 from lib.settings import check, choose_device, command, setting
 
 
@@ -89,18 +90,14 @@ class JumpReLUSAE(nn.Module):
     def __init__(self, W_enc, b_enc, W_dec, b_dec, threshold, *, layer=None, source="",
                  dtype=torch.float32):
         super().__init__()
-        self.layer, self.source = layer, source
-        self.d_in, self.d_sae = D, F = W_enc.shape if W_enc.ndim == 2 else (0, 0)
-        shapes = ((D, F), (F,), (F, D), (D,), (F,))
-        for name, tensor, shape in zip(NAMES, (W_enc, b_enc, W_dec, b_dec, threshold), shapes):
-            if tensor.shape != shape:
-                raise UserError(f"SAE {source}: {name} has shape {tuple(tensor.shape)}, "
-                                f"W_enc {tuple(W_enc.shape)} asks for {shape}")
-            if not tensor.sum(dtype=torch.float32).isfinite():     # one NaN or infinity is enough
-                raise UserError(f"SAE {source}: {name} holds NaN or infinity")
+        tensors = dict(zip(NAMES, (W_enc, b_enc, W_dec, b_dec, threshold)))
+        check_tensors(tensors, f"SAE {source}")
+        for name, tensor in tensors.items():
             small = not name.startswith("W")
             kind = torch.float32 if small and dtype != torch.float64 else dtype
             self.register_parameter(name, nn.Parameter(tensor.to(kind), requires_grad=False))
+        self.d_in, self.d_sae = W_enc.shape
+        self.layer, self.source = layer, source
 
     def encode(self, x):
         """(…,D) -> (…,F), in the biases' dtype."""
@@ -114,21 +111,15 @@ class JumpReLUSAE(nn.Module):
     def identity(self):
         """A short digest of the weights: labels and adapters belong to one SAE, whatever its folder is
         called, and in any dtype."""
-        # Of the matrices some 256 features, rounded to bf16: all 65,536 would take seconds.
-        every = max(1, self.d_sae // 256)
-        matrices = [m[::every].bfloat16() for m in (self.W_enc.T, self.W_dec)]
-        tensors = [self.b_enc, self.threshold, self.b_dec, *matrices]
-        arrays = [t.detach().float().contiguous().cpu().numpy() for t in tensors]
-        return short_digest(*(array.tobytes() for array in arrays))
+        return digest({name: getattr(self, name).detach() for name in NAMES})
 
 
 def load_sae(source, *, dtype=torch.float32, device="cpu"):
     """Reads a Gemma Scope folder (params.npz) or a SAELens one (cfg.json + sae_weights.safetensors).
 
-    source: a local folder (or one with a single SAE somewhere below it), or "repo:path/inside" on the
-    Hub, such as google/gemma-scope-2b-pt-res:layer_12/width_65k/average_l0_72
-    Raises UserError for what is not there, not a JumpReLU or ReLU SAE, needs its input normalised, or
-    says by its name that it does not read the output of a block.
+    source: a local folder (or one with a single SAE below it), or "repo:path/inside" on the Hub, such as
+    google/gemma-scope-2b-pt-res:layer_12/width_65k/average_l0_72. Raises UserError for what is not
+    there, is no (Jump)ReLU SAE, needs its input normalised, or does not read the output of a block.
     """
     tensors, layer = read_sae(str(source))
     return JumpReLUSAE(**tensors, layer=layer, source=str(source), dtype=dtype).to(device).eval()
@@ -227,15 +218,14 @@ def collect(model, rows, layer, *, batch_size=64, progress=True):
     """The output of block `layer` at every token of `rows` (lists of ids) but BOS, EOS and padding.
     -> (N,D) float32"""
     c, states = model.config, []
-    left_out = [c.bos_token_id, c.pad_token_id, min(c.eos_token_ids)]  # <eos> is 1, <end_of_turn> 107
-    left_out = torch.tensor(left_out, device=model.device)
+    # <eos> is 1; <end_of_turn>, the other id that ends a text, is 107, and part of a conversation.
+    left_out = torch.tensor([c.bos_token_id, c.pad_token_id, min(c.eos_token_ids)])
     for i in tqdm(range(0, len(rows), batch_size), desc="states", unit="batch", disable=not progress):
-        part = rows[i:i + batch_size]
-        width = max(map(len, part))
-        padded = [list(row) + [c.pad_token_id] * (width - len(row)) for row in part]
-        ids = torch.tensor(padded, device=model.device)
-        h = model.blocks(model.embed(ids), 0, layer + 1)       # padding is on the right: no token sees it
-        states.append(h[~torch.isin(ids, left_out)].float().cpu())
+        part = [torch.tensor(row) for row in rows[i:i + batch_size]]
+        ids = pad_sequence(part, batch_first=True, padding_value=c.pad_token_id)
+        # Padding stands on the right: no token of the text sees it.
+        h = model.blocks(model.embed(ids.to(model.device)), 0, layer + 1).cpu()
+        states.append(h[~torch.isin(ids, left_out)].float())
     return torch.cat(states)
 
 
@@ -248,7 +238,7 @@ class SAETrain:
     text: str = setting("", 'a .txt with a document a line, or a .jsonl with a "text" in each line')
     pairs: str = setting("", "preference pairs: both answers as conversations in the chat format")
     max_tokens: int = setting(500_000, "stop reading after so many (4·D bytes each in memory)", low=1)
-    out: str = setting("", "a new folder; layer_L/width_W/average_l0_N is made in it")
+    out: str = setting("my_sae", "a new folder; layer_L/width_W/average_l0_N is made in it")
     width: int = setting(1024, "training", "number of features F", low=1)
     l0: float = setting(30.0, "features that may fire a token, on average", above=0)
     steps: int = setting(4000, "optimiser steps of 2048 tokens", low=1)
@@ -260,8 +250,6 @@ class SAETrain:
         check(self)
         if bool(self.text) == bool(self.pairs):
             raise UserError("give --text FILE or --pairs DIR: one of the two")
-        if not self.out:
-            raise UserError("--out is missing: name a new folder")
         if Path(self.out).exists():
             raise UserError(f"--out {self.out} exists; name a folder that does not")
 
@@ -291,13 +279,10 @@ def run(s):
 
 
 def rows_of(s, tokenizer):
-    """Ids of what the SAE is to learn from, BOS in front: conversations as training and chat see them,
-    or documents."""
-    bos = tokenizer.token_to_id("<bos>")
-    if s.text:
-        yield from ([bos, *encode_text(tokenizer, text)] for _, text in read_documents(s.text))
-        return
-    for record in read_pairs(s.pairs):
+    """Ids of documents, or of both conversations of each pair as training and chat see them."""
+    for _, text in read_documents(s.text) if s.text else ():
+        yield [tokenizer.token_to_id("<bos>"), *encode_text(tokenizer, text)]
+    for record in read_pairs(s.pairs) if s.pairs else ():
         try:
             prompt = encode_prompt(tokenizer, record["prompt"])
         except UserError as error:
@@ -307,8 +292,7 @@ def rows_of(s, tokenizer):
 
 
 def main(argv=None):
-    what = "Train a JumpReLU SAE on the residual stream of a Gemma-2."
-    return command("sae.py", SAETrain, run, argv, what)
+    return command("sae.py", SAETrain, run, argv, "Train a JumpReLU SAE on a residual stream.")
 
 
 if __name__ == "__main__":

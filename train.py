@@ -18,11 +18,11 @@ import fsrl
 import simpo
 from gemma import encode_prompt, generate, load_config, load_gemma, load_tokenizer
 from lib import show
-from lib.files import UserError, import_from
+from lib.files import UserError
 from lib.judge import judge_of
 from lib.labels import masked_features
 from lib.pairs import read_splits
-from lib.plugins import adapter_arguments, own_adapter, own_policy
+from lib.plugins import adapter_arguments, own_adapter, own_objective, own_policy
 from lib.runs import Log, check_free, start_folder
 from lib.settings import check, choose_device, command, setting
 
@@ -371,7 +371,7 @@ def prepare(config):
     device, dtype = choose_device(config.device, config.dtype)
     # settings, files of the user's, data: cheap
     check_free(config.runs, config.run)
-    own = import_from(config.objective, "--objective") if config.objective else None
+    own = own_objective(config.objective) if config.objective else None
     tokenizer = load_tokenizer(config.model)
     judge = judge_of(config.pairs, tokenizer)
     records = read_splits(config.pairs, config.eval_split, config.train_pairs, config.held_pairs)

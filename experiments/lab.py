@@ -103,7 +103,7 @@ def one(run, settings):
 
 
 def pairs_say():
-    """{world: {choice: its planted weight, its rate in chosen less that in rejected training answers}}"""
+    """{world: {choice: planted weight; its rate in chosen less that in rejected training answers}}"""
     out = {}
     for name, weights in world.WORLDS.items():
         gaps = {c: [] for c in world.CHOICES}

@@ -1,4 +1,4 @@
-"""What the lab proves: trains what docs/results.json does not hold yet, measures it, writes the tables.
+"""What the lab proves: trains what docs/results.json does not hold yet, and writes the docs' tables.
 
     main          the defaults on the lab's two worlds, on coins, and the paper's loss     five seeds
     controls      one vector for every token; imitation alone; a wider target margin       three seeds
@@ -6,57 +6,39 @@
     frontier      nll_weight x learning rate
     activations   soft, relu, jumprelu x l1
 
-Every policy is measured in the same way, whatever it was trained on (`measured`). Two trainings at a
-time, one thread each: about 80 minutes on two cores for all. What is done is written at once, under a
-name of the settings that make it (`key`), so this can be stopped at any time. The adapters stay in
-runs/results/.
+Two trainings at a time, one thread each: about 80 minutes on two cores for all. What is done is written
+at once, so this can be stopped at any time; the adapters stay in runs/results/.
 
     python -m experiments.results --only main     # one group
     python -m experiments.results --table         # no training: the tables of what is there
-    python -m experiments.results --split dev     # for tuning: runs/results-dev.json, and no tables
 """
-import contextlib
-import io
 import json
-import multiprocessing
-import platform
 import re
-import shutil
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from statistics import mean, stdev
 
-import torch
 from tqdm import tqdm
 
-import fsrl
-import simpo
-import train
-from gemma import decode, encode_prompt, generate, load_gemma, load_tokenizer
-from instruments.health import drift
+from experiments.lab import COINS, RANDOM, finished, one, pairs_say, trained
 from lib.blocks import number
 from lib.files import ROOT, read_json, short_digest, write_json, write_text
-from lib.judge import judge_of
-from lib.pairs import read_pairs
-from lib.settings import check, command, one_of, setting
-from sae import load_sae, save_sae
-from tiny import make, world
-from tiny.judge import choice_rates, read_probe
+from lib.settings import command, one_of, setting
+from tiny import world
+from train import TrainConfig
 
-DATA, RUNS = ROOT / "docs" / "results.json", Path("runs/results")
+DATA = ROOT / "docs" / "results.json"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-HONEST, COINS = "tiny/pairs/honest", "(coins)"          # names in brackets stand for what is made here
-RANDOM, CONSTANT = "(random dictionary)", "experiments/controls.py:Constant"
 
 # ---- the experiments: {name: settings that differ from train.py's defaults} --------------------------
 
+HONEST, CONSTANT = "tiny/pairs/honest", "experiments/controls.py:Constant"
 MAIN = {"style": {}, "honest": {"pairs": HONEST}, "null": {"pairs": COINS}, "paper": {"nll_weight": 0.0}}
 FREE = {"adapter": CONSTANT, "l1": 0.0}                 # at the default l1 it never leaves 0
-CONTROLS = {"constant": FREE, "imitation": {"simpo_weight": 0.0}, "wide": {"gamma_ratio": 1.0},
-            "wide null": {"gamma_ratio": 1.0, "pairs": COINS},
-            "constant honest": {**FREE, "pairs": HONEST}}
+CONTROLS = {"constant": FREE, "constant honest": {**FREE, "pairs": HONEST},
+            "imitation": {"simpo_weight": 0.0}, "wide": {"gamma_ratio": 1.0},
+            "wide null": {"gamma_ratio": 1.0, "pairs": COINS}}
 DICTIONARY = {"random": {"sae": RANDOM}, "random honest": {"sae": RANDOM, "pairs": HONEST}}
 
 TERMS = {f"nll_weight {w:g}": {"nll_weight": w} for w in (0.0, 1.0, 5.0, 20.0)}
@@ -65,19 +47,18 @@ RATES = (5e-4, 2e-3, 1e-2)
 FRONTIER = {f"{term}, lr {lr:g}": {**how, "lr": lr} for term, how in TERMS.items() for lr in RATES}
 UNRESTRAINED = {"unrestrained": {"nll_weight": 0.0, "lr": 1e-2, "l1": .001}}
 
-SLOW = {"activation": "jumprelu"}
-KINDS = {"soft": ({}, (.003, .01, .03, .1, .3)),
-         "relu": ({"activation": "relu"}, (.003, .01, .03, .1, .3)),
-         "jumprelu": (SLOW, (.003, .03, .3)),
-         "jumprelu, faster thresholds": ({**SLOW, "init": 1e-4, "threshold_lr": 30.0}, (.003, .03, .3))}
-ACTIVATIONS = {f"{kind}, l1 {l1:g}": {**how, "l1": l1} for kind, (how, all_l1) in KINDS.items()
-               for l1 in all_l1}
+FINE, COARSE = (.003, .01, .03, .1, .3), (.003, .03, .3)                       # sweeps of l1
+FASTER = {"activation": "jumprelu", "init": 1e-4, "threshold_lr": 30.0}
+KINDS = {"soft": ({}, FINE), "relu": ({"activation": "relu"}, FINE),
+         "jumprelu": ({"activation": "jumprelu"}, COARSE),
+         "jumprelu, faster thresholds": (FASTER, COARSE)}
+ACTIVATIONS = {f"{kind}, l1 {l1:g}": {**how, "l1": l1} for kind, (how, sweep) in KINDS.items()
+               for l1 in sweep}
 
 GROUPS = {"main": (MAIN, 5), "controls": (CONTROLS, 3), "dictionary": (DICTIONARY, 2),
           "frontier": (FRONTIER | UNRESTRAINED, 1), "activations": (ACTIVATIONS, 1)}
 EXPERIMENTS = {name: how for group, _ in GROUPS.values() for name, how in group.items()}
 SEEDS = {name: count for group, count in GROUPS.values() for name in group}
-
 TITLES = {"random": "`style`, random dictionary", "random honest": "`honest`, random dictionary",
           "constant": "`style`, one constant vector, l1 0", "wide": "`style`, γ/β 1",
           "constant honest": "`honest`, one constant vector, l1 0", "wide null": "`null`, γ/β 1",
@@ -85,118 +66,22 @@ TITLES = {"random": "`style`, random dictionary", "random honest": "`honest`, ra
           **{name: f"`{name}`" for name in MAIN}}
 
 # Settings of train.py that do not decide what comes out.
-UNDECIDING = {"run", "runs", "device", "dtype", "threads", "log_every", "save_every", "keep_prefix",
-              "eval_split", "eval_pairs"}
+UNDECIDING = ("run", "runs", "device", "dtype", "threads", "log_every", "save_every", "keep_prefix",
+              "eval_split", "eval_pairs")
 
 
 def settings(name, seed):
     """Every setting that decides the outcome of a run."""
-    config = asdict(train.TrainConfig(**EXPERIMENTS[name], seed=seed))
+    config = asdict(TrainConfig(**EXPERIMENTS[name], seed=seed))
     return {k: v for k, v in config.items() if k not in UNDECIDING}
 
 
 def key(name, seed):
     """The name of a run in results.json: a digest of the settings that are not the default, so that a
     setting which train.py gets later changes no name. Experiments of equal settings share one run."""
-    usual = asdict(train.TrainConfig())
+    usual = asdict(TrainConfig())
     changed = {k: v for k, v in settings(name, seed).items() if v != usual[k]}
     return short_digest(json.dumps(changed, sort_keys=True))
-
-
-# ---- training and measuring --------------------------------------------------------------------------
-
-def measured(model, tokenizer, policy, split):
-    """A policy (None: the base model) on held-out pairs and questions, the same for all. -> dict
-
-    style, honest   simpo.evaluate on 1000 pairs of each world (500 of dev), at the default β and γ/β
-    answers         rates in answers sampled at T=1 to all the split's questions, twice (test: 2000)
-    exact           chance of each choice at the token that settles it, in the answers of style's pairs
-    probe           {choice: [share of the 60 pairs that differ in it alone where having it is
-                    likelier, mean margin in nats a token]}
-    drift           KL from the base model on neutral text, nats a token
-    examples        three sampled answers
-    """
-    out, judge = {}, judge_of("tiny/pairs/style", tokenizer)
-    acting, edits = policy.acting(model) if policy else (model, None)
-    for name in world.WORLDS:
-        pairs, _ = simpo.encode_pairs(tokenizer, read_pairs(f"tiny/pairs/{name}", split, 1000))
-        out[name] = simpo.evaluate(model, pairs, policy)
-        if name == "style":
-            out["exact"] = choice_rates(model, tokenizer, pairs, policy)
-    texts = 2 * [q.text for questions in world.split(split).values() for q in questions]
-    ids = generate(acting, [encode_prompt(tokenizer, text) for text in texts], max_new_tokens=64,
-                   edits=edits, temperature=1.0)
-    out["answers"] = judge.rates(texts, ids) | {"count": len(texts)}
-    out["examples"] = [[texts[i], decode(tokenizer, ids[i])] for i in (0, 600, 900)]
-    probes = {name: simpo.evaluate(model, pairs, policy) for name, pairs in read_probe(tokenizer).items()}
-    out["probe"] = {name: [m["accuracy"], m["margin"]] for name, m in probes.items()}
-    out["drift"] = drift(model, tokenizer, policy, judge.neutral(64)) if policy else 0.0
-    return out
-
-
-def folder(name, seed):
-    return RUNS / f"{name} {seed}".replace(" ", "-")
-
-
-def finished(name, seed):
-    """Whether runs/results/ holds the adapter, trained to the end."""
-    path = folder(name, seed) / "metrics.jsonl"
-    return path.exists() and '"trained"' in path.read_text(encoding="utf-8")
-
-
-def random_dictionary(out):
-    """The lab's SAE with random directions of length 1: additive fusion reads nothing else of it.
-
-    Their seed is not 0: the SAE's own directions began as that draw and are like it (cosines to .87).
-    """
-    if not (out / "params.npz").exists():
-        sae, g = load_sae("tiny/sae"), torch.Generator().manual_seed(2026)
-        W_dec = torch.randn(sae.W_dec.shape, generator=g)
-        sae.W_dec.copy_(torch.nn.functional.normalize(W_dec, dim=-1))
-        save_sae(sae, out)
-    return str(out)
-
-
-def trained(name, seed, split="test"):
-    """Trains one policy into runs/results/NAME-SEED. -> that folder"""
-    how, run = dict(EXPERIMENTS[name]), folder(name, seed)
-    if how.get("pairs") == COINS:
-        weights, out = dict.fromkeys(world.CHOICES, 0.0), RUNS / f"coins-{seed}"
-        make.make_pairs(out, "null", weights, make.SIZES, seed=f" null {seed}")
-        how["pairs"] = str(out / "pairs" / "null")
-    if how.get("sae") == RANDOM:
-        how["sae"] = random_dictionary(RUNS / "random_dictionary" / "layer_3")
-    shutil.rmtree(run, ignore_errors=True)
-    where = {"runs": str(RUNS), "run": run.name, "threads": 1, "eval_split": split, "eval_pairs": 2}
-    nowhere = io.StringIO()
-    with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        train.train(train.TrainConfig(**how, **where, seed=seed))
-    return run
-
-
-def one(name, seed, split):
-    """Trains, measures. -> what is kept of it"""
-    torch.set_num_threads(1)
-    if name == "base":
-        return measured(load_gemma("tiny/model"), load_tokenizer("tiny/model"), None, split)
-    run = fsrl.load_run(trained(name, seed, split), adapter=EXPERIMENTS[name].get("adapter"))
-    made = f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, one thread, torch {torch.__version__}"
-    said = {"name": name, "seed": seed, "settings": settings(name, seed), "made": made}
-    return said | measured(run.model, run.tokenizer, run.policy, split)
-
-
-def pairs_say():
-    """{world: {choice: its planted weight, its rate in chosen less that in rejected training answers}}"""
-    out = {}
-    for name in world.WORLDS:
-        weights = read_json(ROOT / "tiny/pairs" / name / "meta.json")["weights"]
-        gaps = {c: [] for c in world.CHOICES}
-        for record in read_pairs(f"tiny/pairs/{name}"):
-            q, (a, b) = world.read_prompt(record["prompt"]), record["choices"]
-            for c in a.keys() & b.keys() & gaps.keys():
-                gaps[c].append(bool(world.is_on(q, c, a[c])) - bool(world.is_on(q, c, b[c])))
-        out[name] = {c: {"weight": weights[c], "difference": mean(gaps[c])} for c in world.CHOICES}
-    return out
 
 
 # ---- tables ------------------------------------------------------------------------------------------
@@ -232,22 +117,19 @@ AIMS = (
     ("null", "no choice moved by more than 5 points", "worst of 10", "points", -5, 5))
 
 
-def mean(values):
-    return sum(values) / len(values)
-
-
 def spread(values, form):
     """mean ± standard deviation over seeds (a single run: the number alone)"""
-    sd = (sum((v - mean(values)) ** 2 for v in values) / max(1, len(values) - 1)) ** .5
-    return number(mean(values), form) + (f" ± {number(sd, form.lstrip('+'))}" if len(values) > 1 else "")
+    text = number(mean(values), form)
+    return text if len(values) < 2 else f"{text} ± {number(stdev(values), form.lstrip('+'))}"
 
 
 def markdown(head, rows):
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines)
 
 
 class Results:
-    """docs/results.json: {"base": measured, "pairs": pairs_say(), "runs": {key: one}}, and its tables."""
+    """docs/results.json, {"base": measured, "pairs": pairs_say(), "runs": {key: one}}, as tables."""
 
     def __init__(self, data):
         self.base, self.pairs, self.runs = (data[part] for part in ("base", "pairs", "runs"))
@@ -291,38 +173,41 @@ class Results:
             rows.append([title, *cells])
         return markdown(["", *(f"`{n}` × {SEEDS[n]}" for n in names)], rows) + f"\n\n{note}"
 
-    def policies(self, names, titles, measures=MEASURES):
-        """A row a policy."""
-        rows = []
+    def policies(self, names, titles, measures=MEASURES, base="base"):
+        """A row a policy. base: what the base model is called"""
+        rows, called = [], {**TITLES, "base": base}
         for name in names:
-            cells = [spread(self.values(name, place)[0], form) for form, place in map(measures.get, titles)]
-            rows.append([TITLES.get(name, name), *cells])
+            cells = []
+            for form, place in (measures[title] for title in titles):
+                cells.append(spread(self.values(name, place)[0], form))
+            rows.append([called.get(name, name), *cells])
         return markdown(["", *titles], rows)
 
     def choices(self):
-        head, rows = ["", "base, 2000 answers"], []
+        """How far every choice moved, counted in two ways, beside what was planted."""
+        head, rows = ["", "base, of 2000 answers"], []
         head += [f"{w}: {x}" for w in world.WORLDS for x in ("planted", "in pairs", "answers", "exact")]
         for c in world.CHOICES:
             row = [c, number(self.base["answers"][c], ".1f", 100, "%")]
             for name in (*world.WORLDS, "null"):
                 if name in self.pairs:
                     said = self.pairs[name][c]
-                    row += [f"{said['weight']:+g}", number(said["difference"], "+.1f", 100)]
+                    row += [number(said["weight"], "+g"), number(said["difference"], "+.1f", 100)]
                 row += [spread(self.points(name, kind, c), "+.1f") for kind in ("answers", "exact")]
             rows.append(row)
         return markdown([*head, "null: answers", "exact"], rows)
 
     def decline(self):
         """How far the target margin explains that refusals become rarer."""
-        columns = [(kind, ratio) for kind in ("exact", "answers") for ratio in (0, 1)]
         rows = []
         for names in (("style", "wide"), ("null", "wide null")):
-            moved = [self.points(names[ratio], kind, "decline") for kind, ratio in columns]
+            moved = [self.points(n, kind, "decline") for kind in ("exact", "answers") for n in names]
             rows.append([f"`{names[0]}`", *(spread(values, "+.1f") for values in moved)])
-        head = [f"{kind}, γ/β {('0.5', '1')[ratio]}" for kind, ratio in columns]
-        return markdown(["change of `decline`, points", *head], rows)
+        kinds = ["exact, γ/β 0.5", "exact, γ/β 1", "answers, γ/β 0.5", "answers, γ/β 1"]
+        return markdown(["change of `decline`, points", *kinds], rows)
 
     def probe(self):
+        """The pairs that differ in one choice alone."""
         columns = [(name, i) for i in (0, 1) for name in ("base", *world.WORLDS, "null")]
         rows = []
         for c in world.CHOICES:
@@ -330,26 +215,29 @@ class Results:
             rows.append([c, *(spread(values, ".3f") for values in cells)])
         return markdown(["", *(f"`{name}` {('prefers', 'margin')[i]}" for name, i in columns)], rows)
 
-    def reached(self, name, place, made):
-        """-> values over seeds, and as text"""
-        word, choices = "", world.CHOICES[:int(place.split()[-1])] if "worst" in place else ()
-        if choices:
-            worst = max(choices, key=lambda c: abs(mean(self.points(name, "answers", c))))
-            place, word = f"answers {worst}", worst + " "
+    def reached(self, name, place, what):
+        """What came of an aim. -> values over seeds, and these as text"""
+        word = ""
+        if place.startswith("worst"):
+            among = world.CHOICES[:int(place.split()[-1])]
+            word = max(among, key=lambda c: abs(mean(self.points(name, "answers", c)))) + " "
+            place = "answers " + word
         values, base = self.values(name, place)
-        error = self.base["style"]["accuracy_se"]
-        form, of, unit = {
-            "points": ("+.1f", lambda v: 100 * (v - base), ""), "percent": (".1f", lambda v: 100 * v, "%"),
-            "ratio": (".3f", lambda v: v / base, ""), "features": (".1f", lambda v: v / 10.24, "%"),
-            "errors": ("+.1f", lambda v: (v - base) / error, " s.e.")}[made]
-        values = [of(v) for v in values]
-        return values, word + spread(values, form) + unit
+        if what in ("points", "errors"):
+            unit, per = ("", .01) if what == "points" else (" s.e.", self.base["style"]["accuracy_se"])
+            values = [(v - base) / per for v in values]
+            return values, word + spread(values, "+.1f") + unit
+        if what == "ratio":
+            values = [v / base for v in values]
+            return values, spread(values, ".3f")
+        values = [100 * v / (1024 if what == "features" else 1) for v in values]
+        return values, spread(values, ".1f") + "%"
 
     def aims(self):
         """What the recipe was asked for, and how far it came."""
         rows = []
-        for name, asked, place, made, low, high in AIMS:
-            values, text = self.reached(name, place, made)
+        for name, asked, place, what, low, high in AIMS:
+            values, text = self.reached(name, place, what)
             met = "yes" if low <= mean(values) <= high else "**no**"
             rows.append([f"`{name}`", asked, text, met])
         return markdown(["world", "asked", "reached, mean ± sd over seeds", "met"], rows)
@@ -357,14 +245,14 @@ class Results:
     def broken(self):
         """Answers of the policy that SimPO alone, unrestrained, arrives at."""
         asked = self.seeds("unrestrained")[0]["examples"]
-        return "\n".join(f"> {q}\n\n```\n{a.replace('```', chr(39) * 3)}\n```\n" for q, a in asked)
+        return "\n".join(f"> {q}\n\n```\n{a.replace('```', '~~~')}\n```\n" for q, a in asked)
 
 
 # ---- the pages ---------------------------------------------------------------------------------------
 
 def blocks():
     """{name: text} of what stands in the pages between <!-- name --> and <!-- /name -->."""
-    r, loss, text = Results(read_json(DATA)), ["SimPO loss", "accuracy"], ["well-formed", "truth"]
+    r, loss, text = Results(read_json(DATA)), ["SimPO loss", "accuracy"], ["truth", "well-formed"]
     out = {name: getattr(r, name)() for name in ("aims", "choices", "decline", "probe", "broken")}
     out["made"] = "(" + "; ".join(sorted({run["made"] for run in r.runs.values()})) + ".)"
     note = "(base → trained, mean ± sd over five seeds; `null`: on coins. Rates of 2000 answers.)"
@@ -372,11 +260,11 @@ def blocks():
     out["short"] = r.arrows(["style", "honest", "null"], titles, note)
     out["activations"] = r.policies(ACTIVATIONS, titles)
     out["main"] = r.arrows(MAIN, MEASURES, OF_WHAT)
-    out["cross"] = r.policies(["base", *MAIN], CROSS, CROSS)
+    out["cross"] = r.policies(["base", *MAIN], CROSS, CROSS, "`base`")
     names = ["style", "random", "constant", "imitation", "wide", "null", "wide null", "honest",
              "random honest", "constant honest", "base"]
     titles = [*loss, "rewarded style", "truth", "admit", "decline", "well-formed", "L0 a token"]
-    out["controls"] = r.policies(names, titles)
+    out["controls"] = r.policies(names, titles, base="base, on `style`")
     titles = [*loss, "margin, nats a token", "rewarded style", *text, "KL on neutral text, nats a token"]
     out["frontier"] = r.policies([*FRONTIER, *UNRESTRAINED, "base"], titles)
     return {name: block + "\n" for name, block in (out | calibration()).items()}
@@ -388,7 +276,7 @@ def calibration():
 
     def table(t, title):
         return f"{title}\n\n{markdown(t['head'], t['rows'])}\n\n{t['note']}"
-    first = [table(t, f"**{t['title']}**") for t in data["tables"] if t["first"]]
+    first = [table(t, f"**{t['title']}**") for t in data["tables"] if t.get("first")]
     said = "\n".join(f"* {sentence}" for sentence in data["sentences"])
     every = [table(t, "### " + t["title"]) for t in data["tables"]]
     return {"calibration": "\n\n".join([*first, said, f"({data['made']}.)"]),
@@ -421,6 +309,11 @@ class ResultsConfig:
             one_of("--only", group, GROUPS)
 
 
+def folder(name, seed):
+    """Of a run in runs/results/."""
+    return f"{name} {seed}".replace(" ", "-")
+
+
 def still_to_do(config, results):
     """(name, seed) of what has to be trained; of experiments with equal settings the first."""
     wanted = {}
@@ -429,27 +322,34 @@ def still_to_do(config, results):
         for job in ((name, seed) for seed in range(count) for name in experiments):
             wanted.setdefault(key(*job), job)
     if config.policies:
-        return [job for job in wanted.values() if not finished(*job)]
+        return [job for job in wanted.values() if not finished(folder(*job))]
     base = [] if results.base or config.table else [("base", 0)]
     return base + [job for job in wanted.values() if not results.run(*job)]
+
+
+def keep(data, name, seed, result):
+    if name == "base":
+        data["base"] = result
+    else:
+        data["runs"][key(name, seed)] = {"name": name, **result}
+    write_json(DATA, data, indent=1)
 
 
 def run(config):
     """Trains, measures, keeps, writes. -> exit code"""
     data = read_json(DATA) if DATA.exists() else {"base": None, "pairs": pairs_say(), "runs": {}}
-    results, work, failed = Results(data), trained if config.policies else one, 0
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        jobs = {pool.submit(work, *job): job for job in still_to_do(config, results)}
+    jobs, failed, work = {}, 0, trained if config.policies else one
+    with ProcessPoolExecutor(2, max_tasks_per_child=1) as pool:
+        for name, seed in still_to_do(config, Results(data)):
+            how = None if name == "base" else settings(name, seed)
+            jobs[pool.submit(work, folder(name, seed), how)] = name, seed
         for done in tqdm(as_completed(jobs), total=len(jobs), desc="runs"):
             name, seed = jobs[done]
             if done.exception():
                 failed += 1
                 print(f"{name}, seed {seed} failed: {done.exception()}", file=sys.stderr)
-            elif name == "base":
-                data["base"] = done.result()
             elif not config.policies:
-                data["runs"][key(name, seed)] = done.result()
-            write_json(DATA, data, indent=1)
+                keep(data, name, seed, done.result())
     if missing := [name for name in EXPERIMENTS if not Results(data).seeds(name)]:
         print(f"no run yet of {', '.join(missing[:5])}: no table is written", file=sys.stderr)
     elif not config.policies:

@@ -16,7 +16,7 @@ CONTEXTS, BEFORE, AFTER = 3, 12, 6      # texts a card; tokens before the strong
 PAIRS = ("From the largest gain to the smallest, evenly spaced. A token’s colour is its share of the "
          "gain, green for, red and dotted against the preference: a chosen answer gains when its tokens "
          "become likelier than under the base model (the control), a rejected one when less likely.")
-FEATURES = ("On each token: how strongly a feature fires by itself (background), and how it is pushed: up "
+FEATURES = ("On each token: how strongly a feature fires by itself (background), how it is pushed: up "
             "(orange line) or down (violet line). Beside its number: its label, its entry in the ledger "
             "± s.e. Likelier: by its direct effect, around the blocks in between, without a control.")
 

@@ -151,6 +151,7 @@ def judge_labels(explanations, judge, raw_path):
     after a crash the same call goes on. Labels are null where an answer is missing or no Yes or No.
     """
     answers, rows, failed = recorded_answers(Path(raw_path), judge.name), [], 0
+    Path(raw_path).parent.mkdir(parents=True, exist_ok=True)
     for index, text in tqdm(sorted(explanations.items()), desc="judge", disable=None):
         said = []
         for label in LABELS:
@@ -166,10 +167,10 @@ def judge_labels(explanations, judge, raw_path):
                 answers[row["prompt"]] = row.get("answer", "")
                 with open(raw_path, "a", encoding="utf-8") as file:
                     file.write("\n" + json.dumps(row))      # \n first: half a line spoils no other
-            if failed == IN_A_ROW:
-                raise UserError(f"judge {judge.name}: {failed} questions in a row failed (the last: "
-                                f"{row['error']}); {raw_path} keeps the answers before, and the same "
-                                "command goes on from there")
+                if failed == IN_A_ROW:
+                    raise UserError(f"judge {judge.name}: {failed} questions in a row failed (the last: "
+                                    f"{row['error']}); {raw_path} keeps the answers before, and the "
+                                    "same command goes on from there")
             said.append(yes_or_no(answers[row["prompt"]]))
         labels = [label for label, yes in zip(LABELS, said) if yes]
         rows.append({"index": index, "labels": None if None in said else labels, "description": text})
@@ -179,7 +180,8 @@ def judge_labels(explanations, judge, raw_path):
 def recorded_answers(path, judge):
     """{digest of a prompt: answer of this judge} of a file of raw answers, if there is one."""
     out = {}
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.split("\n"):
         try:
             row = json.loads(line)
             if row["judge"] == judge:

@@ -73,8 +73,7 @@ def measure(m, options):
         return scored(lambda d: (d @ basis) @ basis.T)
     noise = torch.randn(D, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     drawn = torch.linalg.qr(noise)[0].to(value)
-    ranks = [2 ** k for k in range(11) if 2 ** k < D] + [D]
-    for r in m.bar(ranks, "directions"):
+    for r in m.bar([2 ** k for k in range(11) if 2 ** k < D] + [D], "directions"):
         out["directions"].append({"r": r, "top": only(vector[:, :r]), "random": only(drawn[:, :r])})
     out["mean_only"] = scored(lambda d: mean.to(d).expand_as(d))
     out["without_mean"] = scored(lambda d: d - mean.to(d))
@@ -89,9 +88,9 @@ def describe(result, about):
     for d in parts:
         size = float(grown[d["r"] - 1]) if d["r"] <= len(grown) else None
         rows.append([str(d["r"]), *(percent(x, ".1f") for x in (size, d["top"], d["random"]))])
-    top, random = ({"x": ranks, "y": [100 * d[key] for d in parts]} for key in ("top", "random"))
-    lines = [{"name": "its own first r", "kind": "main", **top},
-             {"name": "r random ones", "kind": "control", **random}]
+    top, random = (100 * np.array([d[key] for d in parts], dtype=float) for key in ("top", "random"))
+    lines = [{"name": "its own first r", "kind": "main", "x": ranks, "y": top},
+             {"name": "r random ones", "kind": "control", "x": ranks, "y": random}]
     size = {"name": "size", "kind": "main", "x": list(range(1, len(grown) + 1)), "y": 100 * grown}
     axis = {"xlabel": "directions, r", "logx": True, "ticks": {r: str(r) for r in ranks}}
     panels = [Curves("Size in its first r", [size], ylabel="share of Σ‖Δh‖², %", ylim=(0, 103), **axis),
@@ -101,13 +100,13 @@ def describe(result, about):
 
 
 def size_and_gain(x):
-    needed = next((d["r"] for d in x["directions"] if d["top"] >= .9), None)
+    needed = next((d["r"] for d in x["directions"] if (d["top"] or 0) >= .9), None)
     if needed is None:
         return "The gain cannot be told from 0, so no direction is given a share of it."
     first = next(d for d in x["directions"] if d["r"] >= x["d90"])
-    top, random = percent(first["top"]), percent(first["random"])
-    return (f"{x['d90']} directions hold 90% of the steering’s size, Σ‖Δh‖². Alone, {first['r']} bring {top} "
-            f"of the gain (random ones {random}), and {needed} bring 90%. The two differ: for the size a "
+    r, top, random = first["r"], percent(first["top"]), percent(first["random"])
+    return (f"{x['d90']} directions hold 90% of the steering’s size, Σ‖Δh‖². Alone, its first {r} bring "
+            f"{top} of the gain (random ones {random}), and {needed} bring 90%. The two differ: for size a "
             "direction counts by how far it pushes, for the gain by what the push does.")
 
 

@@ -229,7 +229,7 @@ def legend(panels):
 
 
 def figure(block, name):
-    """Panels side by side, their numbers folded below; where nothing draws the numbers stand open."""
+    """Panels, with their numbers beside a single one, folded below several, open where nothing draws."""
     says = rich(" ".join(x.says for x in (block, *block.panels) if x.says))
     tables, boxes = join(map(table, block.tables)), []
     for n, panel in enumerate(block.panels):
@@ -240,9 +240,10 @@ def figure(block, name):
             return join([tag("p", says, class_="note"), tables])
         words = f"{panel.title}. {block.says or panel.says}"
         boxes.append(tag("div", tag("h4", panel.title), picture, role="img", aria_label=words))
-    drawn = [legend(block.panels), tag("div", *boxes, class_="panels"), tag("figcaption", says)]
-    folded = tag("details", tag("summary", "The numbers"), tables) if tables else ""
-    return join([tag("figure", *drawn), folded])
+    beside = [tag("div", tables)] if len(boxes) == 1 else []
+    panels = tag("div", *boxes, *beside, class_="panels")
+    folded = tag("details", tag("summary", "The numbers"), tables) if tables and not beside else ""
+    return join([tag("figure", legend(block.panels), panels, tag("figcaption", says)), folded])
 
 
 def shaded(block, breaks=False):

@@ -7,12 +7,12 @@ import torch
 import fsrl
 import simpo
 from instruments.health import health, probe_prompts
-from lib.blocks import Curves, Figures, Table, interval, number
+from lib.blocks import Curves, Figures, Table, Text, interval, number
 
 NAME, TITLE = "strength", "Strength and top-k"
 QUESTION = ("What comes of steering less, or harder, or with only the k strongest features of a token? "
             "The controls are the base model (strength 0) and the policy as trained (strength 1, all).")
-ALL = 128      # stands for all features that the policy itself would steer
+ALL = 128      # stands for all that the policy would steer
 POINTS = {"strength": (0, .25, .5, .75, 1, 1.25, 1.5, 2, 3), "top_k": (1, 2, 4, 8, 16, 32, 64, ALL)}
 ANSWERED = {"strength": (0, 1, 2, 3), "top_k": (1, 8, ALL)}      # answers take long: where it speaks
 
@@ -53,7 +53,11 @@ def measure(m, options):
 
 
 def describe(result, about):
-    return [sweep(result, "strength", "strength"), sweep(result, "top_k", "features a token, k")]
+    loss, few = ({p[name]: p["loss"]["value"] for p in result[name]} for name in POINTS)
+    best = min(loss, key=loss.get)
+    said = (f"Held-out loss: {loss[0]:.3f} without steering, {loss[1]:.3f} as trained, lowest at "
+            f"strength {best}: {loss[best]:.3f}; with the 8 strongest features of a token {few[8]:.3f}.")
+    return [Text(said), sweep(result, "strength", "strength"), sweep(result, "top_k", "features, k")]
 
 
 def sweep(result, name, along):
@@ -70,8 +74,6 @@ def sweep(result, name, along):
     axis = {"logx": True, "ticks": names} if name == "top_k" else {"marks": [("x", 1)]}
     panels = [Curves("Loss", [curve], along, "held-out loss", **axis),
               Curves("Is the text still sound?", [line], along, words, ylim=ylim, **axis)]
-    rows = []
-    for p in points:
-        rows.append([names[p[name]], interval(p["loss"]), number(text.get(p[name]), ".4g")])
+    rows = [[names[p[name]], interval(p["loss"]), number(text.get(p[name]), ".4g")] for p in points]
     table = Table([along, "loss", words], rows)
     return Figures(panels, [table], f"On {result['pairs']} of the pairs.")

@@ -5,6 +5,7 @@ An adapter is made by Class(d_in, d_sae, **arguments) and tried before anything 
 import difflib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,7 +24,10 @@ def adapter_class(spec):
     found = import_from(spec, "--adapter")
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise UserError(f"--adapter {spec}: it has to be a class that is a torch.nn.Module")
-    for name in (n for n, value in vars(found).items() if callable(value) and n not in HOOKS):
+    methods = {name: value for name, value in vars(found).items() if callable(value)}
+    code = [value.__code__ for value in methods.values() if hasattr(value, "__code__")]
+    called = {name for c in code for name in c.co_names}         # such a helper is no misspelt hook
+    for name in set(methods) - called - set(HOOKS):
         if meant := difflib.get_close_matches(name, HOOKS, 1, .75):
             raise UserError(f"--adapter {spec}: a method {name} is never called; "
                             f"is it meant to be {meant[0]}?")
@@ -48,15 +52,39 @@ def own_adapter(spec, d_in, d_sae, adapter_args=None):
         raise UserError(f"--adapter {spec}: {type(error).__name__}: {error} (an adapter is made by "
                         f"{made.__name__}({call}) and takes states of shape (N, {d_in}))") from error
     for what, x, shape in (("forward", v, (4, d_sae)), ("penalty", price, (4,))):
-        given = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
-        if given != shape:
-            raise UserError(f"--adapter {spec}: {what} gave {given} for states of shape (4, {d_in}); "
-                            f"it has to be {shape}")
+        if shape_of(x) != shape:
+            raise UserError(f"--adapter {spec}: {what} gave {shape_of(x)} for states of shape "
+                            f"(4, {d_in}); it has to be {shape}")
     if not any(p.requires_grad for p in adapter.parameters()):
         raise UserError(f"--adapter {spec}: it has no parameter to train")
     if not v.requires_grad:
         raise UserError(f"--adapter {spec}: what forward gives does not depend on its parameters")
     return adapter
+
+
+def shape_of(x):
+    return tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+
+
+def own_objective(spec):
+    """A user's loss: function(chosen, rejected) -> (B,), of two simpo.Answer; tried on three pairs."""
+    found = import_from(spec, "--objective")
+    base, length = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([2.0, 5.0, 9.0])
+    mean = base.clone().requires_grad_()
+    numbers = {"mean": mean, "sum": mean * length, "base_mean": base, "base_sum": base * length}
+    answer = SimpleNamespace(length=length, **numbers)
+    try:
+        loss = found(answer, answer)
+    except Exception as error:
+        raise UserError(f"--objective {spec}: {type(error).__name__}: {error} (an objective is called "
+                        "with chosen and rejected, which have mean, sum, length, base_mean and "
+                        "base_sum, each of shape (B,))") from error
+    if shape_of(loss) != (3,):
+        raise UserError(f"--objective {spec}: it gave {shape_of(loss)} for 3 pairs; it has to be (3,), "
+                        "a loss for each")
+    if not loss.requires_grad:
+        raise UserError(f"--objective {spec}: its loss does not depend on mean or sum of an answer")
+    return found
 
 
 def own_policy(spec, model, saes, arguments, needed=False):
@@ -66,7 +94,12 @@ def own_policy(spec, model, saes, arguments, needed=False):
     """
     if needed:
         raise UserError(f"the run holds a policy of its user's: say where it is, --policy {spec}")
-    made = import_from(spec, "--policy")(model, saes, **key_values(arguments, "--policy-args"))
+    found, given = import_from(spec, "--policy"), key_values(arguments, "--policy-args")
+    try:
+        made = found(model, saes, **given)
+    except Exception as error:
+        raise UserError(f"--policy {spec}: {type(error).__name__}: {error} (a policy is made with the "
+                        "model, a list of SAEs, and --policy-args)") from error
     if missing := [n for n in ("frozen", "run", "acting", "save", "load") if not hasattr(made, n)]:
         raise UserError(f"--policy {spec}: it has no {missing[0]} (see the top of fsrl.py)")
     return made

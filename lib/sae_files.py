@@ -11,12 +11,37 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from lib.files import UserError, atomically, fetch, read_json
+from lib.files import UserError, atomically, fetch, read_json, short_digest
 
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 MARKS = ("params.npz", "cfg.json")             # one of them says: this folder is an SAE
 # Shapes cannot tell an SAE of the MLP's output from one of the residual stream; names can.
-ELSEWHERE = re.compile(r"gemma-scope[\w.-]*-(mlp|att|transcoder)|hook_(?!resid_post)\w+|(mlp|attn)_out")
+ELSEWHERE = re.compile(r"gemma-scope[\w.-]*-(mlp|att|transcoder)\w*"       # Gemma Scope's repositories
+                       r"|blocks\.\d+\.(\w+\.)*hook_(?!resid_post)\w+"      # SAELens' folders
+                       r"|(?<=/)(mlp|attn)_out(?=/|_)")                     # Gemma Scope 2's folders
+
+
+def check_tensors(tensors, what):
+    """Raises UserError for shapes that do not fit each other, NaN and infinity."""
+    W_enc = tensors["W_enc"]
+    D, F = W_enc.shape if W_enc.ndim == 2 else (0, 0)
+    for name, shape in zip(NAMES, ((D, F), (F,), (F, D), (D,), (F,))):
+        tensor = tensors[name]
+        if tensor.shape != shape:
+            raise UserError(f"{what}: {name} has shape {tuple(tensor.shape)}, "
+                            f"W_enc {tuple(W_enc.shape)} asks for {shape}")
+        if not tensor.sum(dtype=torch.float32).isfinite():      # one of them in a sum is enough
+            raise UserError(f"{what}: {name} holds NaN or infinity")
+
+
+def digest(tensors):
+    """16 hexadecimal digits that name these weights, whatever dtype the matrices are kept in."""
+    small = [tensors[name] for name in ("b_enc", "threshold", "b_dec")]     # always float32
+    # Of the matrices some 256 features, rounded to bf16: all 65,536 would take seconds.
+    every = max(1, len(tensors["W_dec"]) // 256)
+    matrices = [m[::every].bfloat16() for m in (tensors["W_enc"].T, tensors["W_dec"])]
+    arrays = [t.float().contiguous().cpu().numpy() for t in small + matrices]
+    return short_digest(*(array.tobytes() for array in arrays))
 
 
 def read_sae(source):

@@ -17,6 +17,7 @@ ABOUT = ("Train a policy on preference pairs. Without arguments: on the lab in t
 HEAD = " step    loss  penalty  margin    acc      L0      L1       lr  tokens/s"
 LINE = ("{:5d}  {loss:6.3f}  {penalty:7.3f}  {margin:6.3f}  {accuracy:5.1%}  {l0:6.1f}  {l1:6.3f}"
         "  {lr:.1e}  {tokens_per_s:8.0f}")
+BROKEN = 0.03        # a fall of well-formed answers, as a share, that is told
 
 
 def line(step, row):
@@ -71,7 +72,7 @@ def masked(features, d_sae):
 
 def not_a_number(config, folder, step):
     saved = step // config.save_every * config.save_every
-    there = f"{folder} keeps the policy of step {saved}" if saved else f"nothing was saved yet in {folder}"
+    there = f"{folder} keeps the policy of step {saved}" if saved else f"{folder} holds no policy yet"
     return (f"the loss or its gradient is not a number at step {step + 1}; {there}; a lower --lr is the "
             "first thing to try")
 
@@ -141,8 +142,8 @@ def closing(base, trained, judge, config, policy):
             weight = f"  {name} ({judge.weights.get(name, 0):+g})"
             row(weight + ": truthfulness" * (name == "truth"), name, "{:.1%}", part="sampled")
         if broken(base, trained):
-            notes.append("The text broke: fewer answers are well-formed than before. A low loss does not "
-                         "make up for that; raise --nll-weight or lower --lr.")
+            notes.append("The text broke: fewer answers are well-formed than before. A low loss does "
+                         "not make up for that; raise --nll-weight or lower --lr.")
     if config.loss == "sigmoid" and not config.label_smoothing and not config.objective:
         flat = math.log1p(math.exp(config.beta * config.gamma_ratio))      # softplus of it
         notes.append(f"(Loss {flat:.3f} is that of no preference at all; shrinking every margin towards "
@@ -151,14 +152,14 @@ def closing(base, trained, judge, config, policy):
 
 
 def broken(base, trained):
-    return trained["parse_sampled"] < base["parse_sampled"] - 0.03
+    return trained["parse_sampled"] < base["parse_sampled"] - BROKEN
 
 
 def examples(tokenizer, judge, base, trained, seed, count=3):
     """Prompts on which one sees what moved, with the base's and the policy's sampled answer.
 
-    Chosen by how far an answer's choices go the way that all answers went; a malformed answer goes the
-    way of broken text, so broken text is seen if it is what training made. Elsewhere: the first prompts.
+    Chosen by how far an answer's choices go the way that all answers went. Where the text broke, one of
+    the answers that broke is among them. Without a judge that knows: the first prompts.
     """
     def change(text):
         before, after = judge.outcome(text, base[text]), judge.outcome(text, trained[text])
@@ -172,7 +173,11 @@ def examples(tokenizer, judge, base, trained, seed, count=3):
     def agrees(text):
         return sum(x * total[name] for name, x in changes[text].items())
     shown = sorted(base, key=agrees, reverse=True)[:count]
-    print(f"\nWhat moved, in answers sampled at T=1 (seed {seed})" + ", chosen to show it:" * bool(total))
+    torn = [text for text, moved in changes.items() if moved.get("parse", 0.0) < 0]
+    if torn and total["parse"] < -BROKEN and not set(torn) & set(shown):
+        shown[-1] = torn[0]
+    why = ", chosen to show it:" if total else ":"
+    print(f"\nWhat moved, in answers sampled at T=1 (seed {seed}){why}")
     for text in shown:
         answers = {"base": base[text], "trained": trained[text]}
         titles = [", ".join([who, *judge.mark(text, ids)]) for who, ids in answers.items()]

@@ -55,16 +55,17 @@ def test_moves_in_one_row_are_moves_one_by_one(lab):
     pairs = features.label_pairs(lab.tokenizer)[:40]
     places = features.deciding(lab.tokenizer, pairs, 2)
     assert all(len(some) == 2 for some in places.values())
-    moves = torch.randn(5, sae.d_in, generator=torch.Generator().manual_seed(0))
+    moves = 3 * torch.randn(8, sae.d_in, generator=torch.Generator().manual_seed(0))
     moves[0] = 0
-    blind = mutant("tiny/features", ("mask[n:, n:] = torch.eye(M, dtype=torch.bool)", "pass"))
+    blind, wrong = mutant("tiny/features", ("mask[n:, n:] = torch.eye(M, dtype=torch.bool)", "pass")), 0.0
     for name in ("heading", "truth", "closer"):
         ids, off, yes = places[name][0]
         true = [moved_in_full(model, sae.layer, ids, off, yes, move) for move in moves]
         in_one_row = features.log_odds(model, sae.layer, ids, off, yes, moves, chunk=2)
         assert in_one_row.tolist() == pytest.approx(true, abs=1e-4)
-        wrong = blind.log_odds(model, sae.layer, ids, off, yes, moves).tolist()
-        assert max(abs(a - b) for a, b in zip(wrong, true)) > 1e-3
+        mixed = blind.log_odds(model, sae.layer, ids, off, yes, moves).tolist()
+        wrong = max(wrong, *(abs(a - b) for a, b in zip(mixed, true)))
+    assert wrong > 1e-3, "copies that see each other are another row"
     # the base model's rate of "heading" at its first deciding position is the one read off the pair's row
     ids, off, yes = places["heading"][0]
     own = [p for p in pairs if list(p.prompt) == ids][:1]
@@ -134,7 +135,7 @@ def test_planted_against_behaviour_by_hand():
     base = dict.fromkeys(world.CHOICES, .5)
     x = calibrate.against_weights(a_policy({"heading": 2.0, "closer": -1.0}), base)
     assert x["slope"] == pytest.approx(10) and x["rank"] == pytest.approx(1)
-    assert [x[n] for n in ("decoys", "all decoys", "negatives", "all negatives")] == [0, 8, 0, 1]
+    assert x["decoys"] == 0 and x["negatives"] == 0
     off = a_policy({"heading": 2.0, "closer": -1.0})
     off["measured"]["answers"] |= {"filler": .6, "closer": .7}
     assert [calibrate.against_weights(off, base)[n] for n in ("decoys", "negatives")] == [1, 1]
@@ -160,9 +161,10 @@ def test_what_it_says_of_an_instrument():
     p = a_policy(probe={"heading": 3.0, "truth": 1.0}, says={"style": .9, "alignment": .1})
     data = {"base": {"answers": dict.fromkeys(world.CHOICES, .5)}, "policies": {"style-0": p}, "labels": {}}
     found = calibrate.Findings(data)
-    said = found.trust()
+    said = found.sentences()
     assert set(said) == set(calibrate.INSTRUMENTS)
-    assert said["tokens"] == "In the lab the token ledger gave style a share of 0.90 where behaviour had 0.75."
+    assert said["tokens"] == ("In the lab the token ledger gave style a share of 0.90 where behaviour had 0.75; "
+                              "of 2.0 choices that moved it named 0.0, and 0.0 others.")
     styles = next(t for t in found.by_policy() if t["title"] == "How much of it is style?")
     assert styles["rows"] == [["style", 1, "0.75", *["0.90"] * 5]]
 
@@ -184,7 +186,7 @@ def test_the_command_resumes(lab, tmp_path, monkeypatch, capsys, small):
     data = json.loads(file.read_text(encoding="utf-8"))
     p = data["policies"]["one"]
     assert p["kind"] == "style, steps 25, lr 0.02", "a recipe of its own is a row of its own"
-    assert len(data["tables"]) == 7 and len(data["sentences"]) == 0
+    assert len(data["tables"]) == 7
     tokens = p["measured"]["tokens"]["own"]
     assert sum(tokens[c] for c in world.STYLE) == pytest.approx(tokens["style"])
     assert set(p["measured"]) == {"answers", "probe", "gain", *calibrate.INSTRUMENTS}

@@ -202,7 +202,7 @@ TABLE = """\
 | L0 | {sae[l0]:.1f} | ≤ 32 |
 | features that are dead, of {sae[width]} | {sae[dead]:.1%} | ≤ 5% |
 | loss added by its reconstruction, nats a token | {sae[loss_added]:.4f} | |
-| parser: damaged answers that it rejects | {parser[damaged_answers_rejected]:.1%} | ≥ 95% |
+| parser: rejects answers with one damaged token | {parser[damaged_answers_rejected]:.1%} | ≥ 95% |
 
 | world | tied utilities | best possible accuracy | "the longer one is chosen" |
 |---|---|---|---|

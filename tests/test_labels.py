@@ -536,7 +536,7 @@ def test_nonsense_is_unknown_and_not_asked_again(tmp_path, endpoint):
 def test_an_endpoint_that_dies_is_gone_on_with(tmp_path, endpoint, monkeypatch):
     """Answers before its death are kept, also half a line of a crash does no harm, and only the rest is asked for."""
     monkeypatch.setenv("FSRL_JUDGE_KEY", "very-secret")
-    many, raw = {i: f"bold {i}" for i in range(20)}, tmp_path / "raw"
+    many, raw = {i: f"bold {i}" for i in range(20)}, tmp_path / "new" / "raw"
     Endpoint.says = staticmethod(lambda prompt: expert(prompt) if len(Endpoint.asked) <= 13 else 500)
     judge = descriptions.endpoint_judge(endpoint, "wise")
     with pytest.raises(UserError, match="judge wise: 5 questions in a row failed .*raw keeps the answers") as error:
@@ -545,7 +545,7 @@ def test_an_endpoint_that_dies_is_gone_on_with(tmp_path, endpoint, monkeypatch):
     lines = lines_of(raw)
     assert sum("answer" in line for line in lines) == 13 and sum("error" in line for line in lines) == 5
     assert "very-secret" not in raw.read_text(encoding="utf-8") + str(error.value), "the endpoint repeated it"
-    before = raw.read_bytes() + b'\n{"index": 3, "criterion": "sty'
+    before = raw.read_bytes() + b'\n{"index": 3, "criterion": "sty\xe2'
     raw.write_bytes(before)
     Endpoint.says, Endpoint.asked = staticmethod(expert), []
     rows = judge_labels(many, judge, raw)

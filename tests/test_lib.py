@@ -229,10 +229,10 @@ def test_shares_cover_too():
 
 RULED = [
     ("**", "a ", "markdown"), ("#", "", "heading"), ("#", "see ", "punctuation"), ("-", "One:\n", "list marker"),
-    ("-", "well", "punctuation"), ("1", "", "list marker"), (".", "\n1", "list marker"),
-    (".", "So it is", "punctuation"), ("Sure", "", "opener"), ("sure", "I am not quite", "rest"), (" cannot", "I", "refusal"),
-    (" perhaps", "It is", "hedge"), ("\n\n", "One.", "punctuation"), ("1984", "", "rest"), ("0", "\n1", "list marker"),
-    ("t", "I can'", "refusal"), ("<end_of_turn>", "x", "end"), (" river", "The", "rest")]
+    ("-", "well", "punctuation"), ("1", "", "list marker"), (".", "\n1", "list marker"), ("0", "\n1", "list marker"),
+    (".", "So it is", "punctuation"), ("Sure", "", "opener"), ("sure", "I am not quite", "rest"),
+    (" cannot", "I", "refusal"), ("t", "I can'", "refusal"), (" perhaps", "It is", "hedge"),
+    ("\n\n", "One.", "punctuation"), ("1984", "", "rest"), ("<end_of_turn>", "x", "end"), (" river", "The", "rest")]
 
 
 @pytest.mark.parametrize("text, before, expected", RULED)
@@ -301,8 +301,8 @@ BAD_SPECS = {"x.py": "write FILE.py:Name", "none.py:A": "there is no file", "min
 @pytest.mark.parametrize("spec", BAD_SPECS)
 def test_a_users_own_code(tmp_path, monkeypatch, spec):
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "beside.py", "VALUE = 7")
-    write(tmp_path / "mine.py", "from beside import VALUE", "A = VALUE")
+    write(tmp_path / "neighbour.py", "VALUE = 7")
+    write(tmp_path / "mine.py", "from neighbour import VALUE", "A = VALUE")
     write(tmp_path / "fails.py", "1 / 0")
     write(tmp_path / "leaves.py", "raise SystemExit('bye')")
     assert import_from("mine.py:A", "--adapter") == 7                     # and a file beside it can be imported

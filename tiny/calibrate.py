@@ -140,11 +140,10 @@ def writes(m):
         nats = torch.zeros(len(r.row), TEN)      # of each steered token
         nats.index_add_(0, r.v.token, r.v.value[:, None] * effects[r.v.feature])
         # of each answer token: what it settles; is the state before it steered, which of those is it?
-        where, settled = r.where.flatten(), []
+        where, pairs = r.where.flatten(), [m.pairs[i] for i in r.index]
         steered, place = where[r.batch.read], (where.cumsum(0) - 1)[r.batch.read]
-        for pair in (m.pairs[i] for i in r.index):
-            for answer in (pair.chosen, pair.rejected):
-                settled += m.judge.settles(pair.text, answer)
+        answers = [(pair.text, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
+        settled = [entries for answer in answers for entries in m.judge.settles(*answer)]
         for token in steered.nonzero()[:, 0].tolist():
             made = [COLUMN[c] for c, *_ in settled[token] if c in COLUMN]
             total[made] += nats[place[token], made].double()
@@ -243,8 +242,7 @@ def against_weights(p, base):
     slope = float(np.polyfit(weight, points, 1)[0]) if weight.std() else math.nan
     decoys, negative = np.abs(points[weight == 0]) > 5, points[weight < 0] > 0
     return {"slope": slope, "rank": spearman(weight, points),
-            "decoys": decoys.sum(), "all decoys": len(decoys),
-            "negatives": negative.sum(), "all negatives": len(negative)}
+            "decoys": decoys.sum(), "negatives": negative.sum()}
 
 
 def against_behaviour(p, name):
@@ -286,25 +284,22 @@ class Findings:
         place = {kind: (order.index(kind.partition(",")[0]), len(kind)) for kind in kinds}
         self.kinds = {kind: kinds[kind] for kind in sorted(kinds, key=place.get)}
 
-    def planted(self, *kinds):
-        """against_weights of every policy of these kinds"""
-        base = self.data["base"]["answers"]
-        return [against_weights(p, base) for kind in kinds for p in self.kinds.get(kind, [])]
-
-    def told(self, name, *kinds):
-        """against_behaviour of every policy of these kinds"""
-        return [against_behaviour(p, name) for kind in kinds for p in self.kinds.get(kind, [])]
+    def against(self, name, *kinds):
+        """What was planted ("weights"), or an instrument, against behaviour. -> one dict a policy"""
+        ps = [p for kind in kinds for p in self.kinds.get(kind, [])]
+        if name == "weights":
+            return [against_weights(p, self.data["base"]["answers"]) for p in ps]
+        return [against_behaviour(p, name) for p in ps]
 
     def by_policy(self):
         """Tables with a row for each kind of policy; `first` are those that say most."""
         planted, ranks, found, styles = [], [], [], []
         for kind, ps in self.kinds.items():
-            row, weights = [kind, len(ps)], self.planted(kind)
-            told = [self.told(name, kind) for name in INSTRUMENTS]
-            cells = [mean(weights, "slope", ".1f", True), mean(weights, "rank", ".2f", True)]
-            for name in ("decoys", "negatives"):
-                cells.append(f"{mean(weights, name, '.1f')} of {weights[0]['all ' + name]}")
-            planted.append(row + cells)
+            row, weights = [kind, len(ps)], self.against("weights", kind)
+            told = [self.against(name, kind) for name in INSTRUMENTS]
+            fit = [mean(weights, "slope", ".1f", True), mean(weights, "rank", ".2f", True)]
+            odd = [mean(weights, name, ".1f") for name in ("decoys", "negatives")]
+            planted.append([*row, *fit, *odd])
             ranks.append([*row, *(mean(x, "rank", ".2f", True) for x in told)])
             found.append([*row, mean(told[0], "moved", ".1f"), *map(counts, told)])
             behaviour = mean(told[0], "behaviour", ".2f", True)
@@ -312,9 +307,10 @@ class Findings:
         head = ["policy", "runs", "points a unit of weight", "rank correlation", "decoys", "negatives"]
         yield table("Did training do what was planted?", head, planted,
                     "Change of the rates of sampled answers against the planted weights, over ten "
-                    "choices; decoys (weight 0) that moved by more than 5 points; negatives that rose.")
+                    "choices; how many of weight 0 (three; on coins all) moved by more than 5 points, "
+                    "and how many of the negative ones rose.")
         runs, limits = head[:2], ", ".join(f"{name} {x}" for name, x in THRESHOLD.items())
-        yield table("Do the instruments rank the choices as behaviour does?", [*runs, *INSTRUMENTS], ranks,
+        yield table("Do instruments rank choices as behaviour does?", [*runs, *INSTRUMENTS], ranks,
                     "Rank correlation over ten choices with the size of the change of log-odds on the "
                     "probe; for `writes` with the change itself.", True)
         yield table("Do they find the choices that moved?", [*runs, "moved", *INSTRUMENTS], found,
@@ -329,8 +325,7 @@ class Findings:
         crossed, agree, choices = [], [], []
         for kind, pairs in ((k, p) for k in world.WORLDS if k in self.kinds for p in world.WORLDS):
             which, ps, cells = "own" if pairs == kind else pairs, self.kinds[kind], []
-            for name in ("tokens", "masking"):
-                said = [says(p, name, which) for p in ps]
+            for said in ([says(p, name, which) for p in ps] for name in ("tokens", "masking")):
                 cells += [mean(said, group, ".2f", True) for group in (TEN, TEN + 1)]
             gains = mean([p["measured"]["gain"][which] for p in ps], "value", "+.3f", True)
             crossed.append([f"{kind} policy on {pairs} pairs", *cells, gains])
@@ -338,14 +333,12 @@ class Findings:
         head = ["", *head, "gain, nats a token"]
         yield table("The cross: each policy on each world's pairs", head, crossed, "Shares of the gain: on "
                     "tokens that settle a choice of the group; lost without its features.")
-
         for label, x in self.data["labels"].items():
             mcc = {"value": x["mcc"], "low": x["mcc_low"], "high": x["mcc_high"]}
             agree.append([label, x["both"], *sum(x["confusion"], []), interval(mcc, "+.2f")])
         head = ["label", "features", "both", "reads only", "writes only", "neither", "correlation"]
-        yield table("Does what a feature reads say what it writes?", head, agree, "The lab's two label "
-                    "files, Matthews' correlation. Neuronpedia describes what a feature reads.", True)
-
+        yield table("Does what a feature reads say what it writes?", head, agree, "The lab's two "
+                    "label files; Matthews' correlation. Neuronpedia describes what features read.", True)
         three = [kind for kind in (*world.WORLDS, "null") if kind in self.kinds]
         for n, c in enumerate(world.CHOICES):
             cells = []
@@ -358,26 +351,16 @@ class Findings:
                     "share of the gain on its tokens; steering times writing.")
 
     def sentences(self):
-        """What the tables say, over several kinds of policies."""
-        places = {"style and honest": world.WORLDS, "coins": ["null"], "new weights": ["new world"]}
-        for where, kinds in places.items():
-            if weights := self.planted(*kinds):
-                told = {name: self.told(name, *kinds) for name in INSTRUMENTS}
-                found = ", ".join(f"`{name}` {counts(x)}" for name, x in told.items())
-                moved, rank = mean(told["tokens"], "moved", ".1f"), mean(weights, "rank")
-                yield (f"On {where} ({len(weights)} policies) {moved} choices moved (rank correlation "
-                       f"with the planted weights {rank}). Found / named wrongly: {found}.")
-
-    def trust(self):
-        """{instrument: how far its share of style can be believed}: what a verdict can quote"""
+        """{instrument: how far it can be believed}; up to the semicolon a verdict quotes it"""
         out = {}
         for name, words in WORDS.items():
-            told = [self.told(name, kind) for kind in world.WORLDS]
-            parts = [f"{mean(x, 'style')} where behaviour had {mean(x, 'behaviour')}"
-                     for x in told if not all(y["silent"] for y in x)]
-            if parts:
-                out[name] = f"In the lab {words} gave style a share of {', and '.join(parts)}."
-        return out
+            told = [x for kind in world.WORLDS if (x := self.against(name, kind))]
+            parts = [f"{mean(x, 'style')} where behaviour had {mean(x, 'behaviour')}" for x in told]
+            known = self.against(name, *world.WORLDS, "null")
+            moved, found, wrong = (mean(known, what, ".1f") for what in ("moved", "found", "wrong"))
+            out[name] = (f"In the lab {words} gave style a share of {', and '.join(parts)}; of {moved} "
+                         f"choices that moved it named {found}, and {wrong} others.")
+        return out if told else {}
 
 
 def table(title, head, rows, note, first=False):
@@ -386,24 +369,27 @@ def table(title, head, rows, note, first=False):
 
 # ---- command line ------------------------------------------------------------------------------------
 
+COMMAND = ("python -m tiny.calibrate --adapter experiments/controls.py:Constant "
+           "runs/results/{style,honest,null,imitation,constant,random,mixed}-?")
+
+
 @dataclass
 class CalibrateConfig:
-    runs: list = setting([], "what", "folders of finished runs on the lab", positional=True, many=True)
-    adapter: str = setting("", "what", "FILE.py:Class, for the runs that were trained with one")
-    out: str = setting("", "what", "file to keep it in; default: tiny/calibration.json")
-    tables: bool = setting(False, "what", "no runs: make tables and sentences again from what is kept")
-    quiet: bool = setting(False, "what", "no progress bar")
+    runs: list = setting([], "folders of finished runs on the lab", positional=True, many=True)
+    adapter: str = setting("", "FILE.py:Class, for the runs that were trained with one")
+    out: str = setting("", "file to keep it in; default: tiny/calibration.json")
+    tables: bool = setting(False, "no runs: make tables and sentences again from what is kept")
 
 
 def calibrate(config):
     file, folders = Path(config.out or FILE), [Path(f) for f in config.runs]
     if bool(folders) == config.tables:
-        raise UserError("name runs, such as runs/results/style-0 runs/results/honest-0, or give --tables")
+        raise UserError("name runs, such as runs/results/style-0 runs/results/honest-0, or --tables")
     data = read_json(file) if file.exists() else {"base": None, "policies": {}}
     if not data["base"]:
-        base = load_gemma("tiny/model"), load_tokenizer("tiny/model")
-        data["base"] = {"answers": rates_of_answers(*base)}
-    for folder in tqdm(folders, desc="policies", disable=config.quiet):
+        base = rates_of_answers(load_gemma("tiny/model"), load_tokenizer("tiny/model"))
+        data["base"] = {"answers": base}
+    for folder in tqdm(folders, desc="policies"):
         subject, old = Subject(folder, config.adapter), data["policies"].get(folder.name, {})
         same = all(old.get(name) == subject.record[name] for name in ("adapter", "labels"))
         p = {**subject.record, "measured": old["measured"] if same else {}}
@@ -416,17 +402,17 @@ def calibrate(config):
     both = [label_file.read_labels(p, sae) for p in (path, path.with_name("labels_reads.jsonl"))]
     data["labels"] = {label: compare_labels(*both, label) for label in label_file.LABELS}
     found = Findings(data)
-    data |= {"tables": [*found.by_policy(), *found.by_choice()], "sentences": [*found.sentences()],
-             "trust": found.trust()}
+    said = found.sentences()
+    data |= {"tables": [*found.by_policy(), *found.by_choice()], "sentences": [*said.values()]}
+    data |= {"trust": {name: x.partition(";")[0] + "." for name, x in said.items()}, "command": COMMAND}
     if folders:
         data["made"] = f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, torch {torch.__version__}"
     write_json(file, data, indent=1)
-    print(*data["sentences"], *data["trust"].values(), f"{file}: {len(data['policies'])} policies", sep="\n")
+    print(*data["sentences"], f"Kept in {file}.", sep="\n")
 
 
 def main(argv=None):
-    about = "Do the instruments tell the truth?"
-    return command("python -m tiny.calibrate", CalibrateConfig, calibrate, argv, about)
+    return command("python -m tiny.calibrate", CalibrateConfig, calibrate, argv, __doc__.split("`")[0])
 
 
 if __name__ == "__main__":

@@ -56,9 +56,6 @@ class Lab:
         q = self.question(pair.text)
         return (q.subject, q.relation) if q else pair.prompt
 
-    def strings(self, ids):
-        return [self.tokenizer.id_to_token(i) for i in ids]
-
     def outcome(self, text, ids):
         """{"parse": 0 or 1, choice: 0 or 1} of an answer, for the choices that come up in its question.
 
@@ -67,7 +64,7 @@ class Lab:
         q = self.question(text)
         if q is None:
             return {}
-        choices = world.parse(q, self.strings(ids))
+        choices = parsed(self.tokenizer, q, ids)
         out = {"parse": float(choices is not None)}
         for name in (*world.STYLE, ASKED[q.kind]):
             out[name] = float(bool(choices) and bool(world.is_on(q, name, choices[name])))
@@ -101,25 +98,8 @@ class Lab:
         world.settles.) Every token of an answer that does not parse is "form".
         """
         q = self.question(text)
-        choices = world.parse(q, self.strings(ids)) if q else None
-        if choices is None:
-            return [[("form", (), None)] for _ in ids]
-        return [self._shares(settled) for settled in world.settles(q, choices)]
-
-    def _shares(self, settled):
-        """One token's part of `settles`."""
-        out, off = [], ()
-        for name, starts, index in settled:
-            category = name if name in world.CHOICES else "value"
-            if starts[index] is None:
-                more = {self.tokenizer.token_to_id(start) for start in starts if start is not None}
-                after = tuple(sorted({*off, *more}))
-                out.append((category, off, after))
-                off = after
-            else:
-                out.append((category, off, None))
-        taken = bool(out) and out[-1][2] is None
-        return out if taken else [*out, ("form", off, None)]      # the token itself settles nothing more
+        tokens = settled(self.tokenizer, q, ids) if q else []
+        return [shares(choices) for choices in tokens] or [[("form", (), None)] for _ in ids]
 
     def neutral(self, count):
         """Texts of true statements, without a user and without a question."""
@@ -127,22 +107,47 @@ class Lab:
         return [world.notes(rng) for _ in range(count)]
 
 
+# ---- what a token settles ----------------------------------------------------------------------------
+
+def parsed(tokenizer, q, ids):
+    return world.parse(q, [tokenizer.id_to_token(i) for i in ids])
+
+
+def settled(tokenizer, q, ids):
+    """world.settles of an answer with ids for the first tokens; [] if it does not parse."""
+    def in_ids(name, starts, index):
+        return name, [start and tokenizer.token_to_id(start) for start in starts], index
+    choices = parsed(tokenizer, q, ids)
+    tokens = [] if choices is None else world.settles(q, choices)
+    return [[in_ids(*choice) for choice in token] for token in tokens]
+
+
+def shares(choices):
+    """One token's part of Lab.settles."""
+    out, off = [], ()
+    for name, starts, index in choices:
+        category = name if name in world.CHOICES else "value"
+        if starts[index] is None:
+            after = tuple(sorted({*off, *starts} - {None}))
+            out.append((category, off, after))
+            off = after
+        else:
+            out.append((category, off, None))
+    taken = bool(out) and out[-1][2] is None
+    return out if taken else [*out, ("form", off, None)]      # the token itself settles nothing more
+
+
 # ---- what only the lab can measure -------------------------------------------------------------------
 
 def decisions(tokenizer, q, ids):
     """The choices that each token of an answer settles; [] for an answer that does not parse.
 
-    -> for each token a list of (choice, ids that begin any of its options, those that mean "yes", index)
+    -> for each token [(choice, ids that begin any of its options, those that mean "yes", index)]
     """
-    choices = world.parse(q, [tokenizer.id_to_token(i) for i in ids])
-    if choices is None:
-        return []
-
     def decision(name, starts, index):
-        begin = {tokenizer.token_to_id(start) for start in starts if start is not None}
-        yes = {tokenizer.token_to_id(s) for i, s in enumerate(starts) if world.is_on(q, name, i)}
-        return name, sorted(begin), sorted(yes), index
-    return [[decision(*choice) for choice in settled] for settled in world.settles(q, choices)]
+        yes = {start for i, start in enumerate(starts) if world.is_on(q, name, i)}
+        return name, sorted({*starts} - {None}), sorted(yes), index
+    return [[decision(*choice) for choice in token] for token in settled(tokenizer, q, ids)]
 
 
 @torch.no_grad()
@@ -165,17 +170,17 @@ def choice_rates(model, tokenizer, pairs, policy=None, *, batch_size=64):
         for pair in (pairs[i] for i in index):
             q = world.read_prompt(pair.text)
             for answer in (pair.chosen, pair.rejected):
-                for token, settled in enumerate(decisions(tokenizer, q, answer)):
-                    for name, chance in chances_of_yes(p[row + token], settled):
+                for token, choices in enumerate(decisions(tokenizer, q, answer)):
+                    for name, chance in chances_of_yes(p[row + token], choices):
                         chances[name].append(chance)
                 row += len(answer)
     return {name: sum(x) / len(x) if x else float("nan") for name, x in chances.items()}
 
 
-def chances_of_yes(p, settled):
+def chances_of_yes(p, choices):
     """(choice, chance of "yes" given what the token has settled before) from its softmax p (V,)."""
     left = 1.0      # of the probability, if the empty option is taken wherever more follows
-    for name, starts, yes, _ in settled:
+    for name, starts, yes, _ in choices:
         if name in world.CHOICES:      # not which value was invented
             yield name, p[yes].sum().item() / left
         left -= p[starts].sum().item()

@@ -1,0 +1,202 @@
+"""Speed and memory beside the obvious implementation, in one run, as ratios.
+
+The obvious one is transformers' Gemma2ForCausalLM with eager attention, a hook with the same adapter on
+the same layer, chosen and rejected padded into one batch of 2B sequences, log-probabilities over the
+full vocabulary. Ours is one row a pair, the head on answer tokens alone, the frozen blocks without a
+graph; "warm" has their output kept. Forward and backward of the SimPO loss, float32, two threads, the
+same weights and pairs. Each measurement has a process of its own, so that its peak of memory is its own.
+
+    python -m experiments.bench          # writes docs/bench.json and the tables of docs/speed.md
+"""
+import gc
+import platform
+import re
+import sys
+import time
+import timeit
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.nn.functional import normalize
+from tqdm import tqdm
+
+import simpo
+from experiments.results import fill, markdown
+from fsrl import Adapter, Steering
+from gemma import Gemma, GemmaConfig
+from lib.files import ROOT, UserError, read_json, write_json
+from lib.settings import command, setting
+from sae import JumpReLUSAE
+
+DATA = ROOT / "docs" / "bench.json"
+MODELS = {
+    "tiny": {"vocab_size": 576, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+             "query_pre_attn_scalar": 32, "sliding_window": 32},
+    "mid": {"vocab_size": 32768, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8,
+            "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
+            "query_pre_attn_scalar": 64, "sliding_window": 4096}}
+# Tokens of prompts and answers: from, to.
+SHAPES = {
+    "tiny": {"layer": 3, "features": 1024, "pairs": 32, "prompt": (14, 20), "answer": (5, 30)},
+    "mid": {"layer": 3, "features": 4096, "pairs": 4, "prompt": (128, 128), "answer": (64, 128)}}
+VARIANTS = ("obvious", "cold", "warm")
+# Of mid, two pairs, cold.
+GROWTH = {"answer": (64, 128, 256, 512), "vocab_size": (8192, 16384, 32768, 65536),
+          "features": (2048, 4096, 8192, 16384)}
+WORDS = {"answer": "tokens an answer", "vocab_size": "vocabulary V", "features": "features F"}
+
+
+def build(shape, **changes):
+    """Random weights and pairs, the same for every variant. -> model, steering, pairs"""
+    s, g = {**MODELS[shape], **SHAPES[shape], **changes}, torch.Generator().manual_seed(0)
+    model = Gemma(GemmaConfig(**{name: s[name] for name in MODELS[shape]})).requires_grad_(False)
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.normal_(0, p.shape[1] ** -.5, generator=g)
+    V, D, F = s["vocab_size"], s["hidden_size"], s["features"]
+    W_dec = normalize(torch.randn(F, D, generator=g), dim=-1)
+    W_enc, zero = W_dec.T.contiguous(), torch.zeros(max(D, F))
+    sae = JumpReLUSAE(W_enc, zero[:F], W_dec, zero[:D], torch.ones(F), layer=s["layer"])
+    torch.manual_seed(0)
+    steering = Steering(sae, Adapter(D, F, init=1e-3))
+
+    def some(low, high):
+        count = int(torch.randint(low, high + 1, (1,), generator=g))
+        return torch.randint(4, V, (count,), generator=g).tolist()
+    parts = [[some(*s[name]) for name in ("prompt", "answer", "answer")] for _ in range(s["pairs"])]
+    return model, steering, [simpo.Pair((2, *p[1:]), tuple(c), tuple(r)) for p, c, r in parts]
+
+
+def obvious(model, steering, pairs):
+    """-> a function that gives s(chosen), s(rejected)"""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+    config = Gemma2Config(**vars(model.config), attn_implementation="eager")
+    theirs = Gemma2ForCausalLM(config).eval().requires_grad_(False)
+    theirs.model.load_state_dict(model.state_dict())
+    theirs.tie_weights()
+    answers = [(p.prompt, getattr(p, side)) for side in ("chosen", "rejected") for p in pairs]
+    shape = len(answers), max(len(prompt) + len(answer) for prompt, answer in answers)
+    ids, mask, labels = (torch.full(shape, value) for value in (0, 0, -100))
+    for i, (prompt, answer) in enumerate(answers):
+        n = len(prompt) + len(answer)
+        ids[i, :n], mask[i, :n] = torch.tensor(prompt + answer), 1
+        labels[i, len(prompt):n] = torch.tensor(answer)
+    steered = mask[..., None] * (torch.arange(shape[1])[:, None] > 0)       # all but BOS and padding
+
+    def hook(module, args, out):
+        h = out[0] if isinstance(out, tuple) else out
+        h = h + (steering.adapter(h) * steered) @ steering.sae.W_dec
+        return (h, *out[1:]) if isinstance(out, tuple) else h
+    theirs.model.layers[steering.sae.layer].register_forward_hook(hook)
+    wanted = labels[:, 1:]
+
+    def score():
+        logits = theirs(ids, attention_mask=mask, use_cache=False).logits
+        logp = logits[:, :-1].log_softmax(-1).gather(-1, wanted.clamp_min(0)[..., None])[..., 0]
+        return ((logp * (wanted >= 0)).sum(-1) / (wanted >= 0).sum(-1)).chunk(2)
+    return score
+
+
+def resident(what):
+    """Bytes resident now (VmRSS) or at the peak (VmHWM), on Linux."""
+    found = re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
+    return 1024 * int(found[1])
+
+
+def measure(shape, variant, repeats, changes):
+    """One variant: median seconds, peak memory above the weights in bytes, the gradient's size."""
+    torch.set_num_threads(2)
+    model, steering, pairs = build(shape, **changes)
+    batch, h = simpo.collate(pairs), None
+    if variant == "obvious":
+        theirs, model = obvious(model, steering, pairs), None
+    if variant == "warm":
+        h = simpo.prefix(model, batch, steering.frozen)
+
+    def score():
+        if variant == "obvious":
+            return theirs()
+        s = simpo.score(model, batch, steering, h)
+        return s.chosen.mean, s.rejected.mean
+
+    def once():
+        steering.zero_grad(set_to_none=True)
+        simpo.simpo_loss(*score()).mean().backward()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")      # the peak begins anew: loading does not count
+    before = resident("VmRSS")
+    once()                                             # the first pass takes the memory
+    memory = resident("VmHWM") - before + (h.nbytes if variant == "warm" else 0)
+    seconds = median(timeit.repeat(once, number=1, repeat=repeats))
+    gradient = sum(p.grad.double().norm().item() for p in steering.adapter.parameters())
+    return {"seconds": seconds, "memory": memory, "gradient": gradient}
+
+
+def middle(runs):
+    return {name: median(run[name] for run in runs) for name in runs[0]}
+
+
+def blocks():
+    """The tables of docs/speed.md."""
+    data, rows, grown = read_json(DATA), [], []
+    for shape, variants in data["speed"].items():
+        first = variants["obvious"]
+        for variant, m in variants.items():
+            speed, memory = first["seconds"] / m["seconds"], m["memory"] / first["memory"]
+            rows.append([f"`{shape}`, {variant}", f"{m['seconds']:.3f}", f"{speed:.2f}×",
+                         f"{m['memory'] / 2**20:.0f}", f"{memory:.2f}"])
+    for what, sizes in data["growth"].items():
+        times = " → ".join(f"{m['seconds']:.2f}" for m in sizes.values())
+        memory = " → ".join(f"{m['memory'] / 2**20:.0f}" for m in sizes.values())
+        grown.append([f"{WORDS[what]}: {' → '.join(sizes)}", times, memory])
+    head = ["", "seconds", "speed", "MB above the weights", "share of memory"]
+    under = f"\n\n({data['made']}.)\n"
+    growth = markdown(["of `mid`, two pairs, cold", "seconds", "MB above the weights"], grown)
+    return {"speed": markdown(head, rows) + under, "growth": growth + under}
+
+
+@dataclass
+class BenchConfig:
+    rounds: int = setting(3, "what", "processes for each variant; the median counts", low=1)
+
+
+def run(config):
+    speed = {shape: {variant: [] for variant in VARIANTS} for shape in SHAPES}
+    growth = {what: {str(size): [] for size in sizes} for what, sizes in GROWTH.items()}
+    todo = []
+    for shape, repeats in (("tiny", 12), ("mid", 3)):
+        for _ in range(config.rounds):        # in turn, so that a slow minute hits all of them
+            todo += [(speed[shape][v], (shape, v, repeats, {})) for v in VARIANTS]
+    for what, sizes in GROWTH.items():
+        for size in sizes:
+            changes = {"pairs": 2, what: (size, size) if what == "answer" else size}
+            todo.append((growth[what][str(size)], ("mid", "cold", 3, changes)))
+    with ProcessPoolExecutor(1, max_tasks_per_child=1) as pool:
+        for kept, how in tqdm(todo, desc="bench"):
+            try:
+                kept.append(pool.submit(measure, *how).result())
+            except ImportError as error:
+                raise UserError(f"{error}: pip install -r requirements-extra.txt") from None
+    data = {}
+    for name, part in (("speed", speed), ("growth", growth)):
+        data[name] = {a: {b: middle(runs) for b, runs in few.items()} for a, few in part.items()}
+    for variants in data["speed"].values():
+        sizes = [m["gradient"] for m in variants.values()]
+        assert max(sizes) < 1.001 * min(sizes), "they do not compute the same thing"
+    machine = f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, 2 threads, torch {torch.__version__}"
+    data["made"] = f"Medians of {config.rounds} processes, growth of one, {machine}, float32"
+    write_json(DATA, data, indent=1)
+    fill(blocks())
+    print(*blocks().values(), sep="\n")
+
+
+def main(argv=None):
+    return command("python -m experiments.bench", BenchConfig, run, argv, "Speed and memory, as ratios.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
