@@ -218,11 +218,11 @@ def save_adapter(adapter, folder, **facts):
     write_adapter(folder, adapter.state_dict(), config | facts)
 
 
-def load_adapter(folder, own=None):
+def load_adapter(folder, own=None, sae=None):
     """-> (adapter, facts): the module, and everything its config file says. Raises UserError.
-    own: the class of a user's adapter. Code is never imported from a run's folder."""
+    own: the class of a user's adapter; code is never imported from a run's folder. sae: its SAE."""
     folder = Path(folder)
-    facts, tensors = read_adapter(folder)
+    facts, tensors = read_adapter(folder, sae)
     if facts["activation_type"] == "custom":
         adapter = made_again(own, facts, folder)
     else:
@@ -281,7 +281,8 @@ def load_steerings(folder, saes, own, dtype):
     """The adapters of a run, one for each SAE, as one policy."""
     out = []
     for sae in saes:
-        adapter, facts = load_adapter(folder if len(saes) == 1 else folder / f"layer_{sae.layer}", own)
+        place = folder if len(saes) == 1 else folder / f"layer_{sae.layer}"
+        adapter, facts = load_adapter(place, own, sae)
         same_digest(folder, "SAE", sae.source, facts.get("sae_identity"), sae)
         adapter.to(sae.W_dec.device, master_dtype(dtype))
         out.append(Steering(sae, adapter, **{name: facts[name] for name in KEPT if name in facts}))

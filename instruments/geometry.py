@@ -106,8 +106,8 @@ def size_and_gain(x):
     first = next(d for d in x["directions"] if d["r"] >= x["d90"])
     r, top, random = first["r"], percent(first["top"]), percent(first["random"])
     return (f"{x['d90']} directions hold 90% of the steering’s size, Σ‖Δh‖². Alone, its first {r} bring "
-            f"{top} of the gain (random ones {random}), and {needed} bring 90%. The two differ: for size a "
-            "direction counts by how far it pushes, for the gain by what the push does.")
+            f"{top} of the gain (random ones {random}), and {needed} bring 90%. They differ, since a "
+            "direction counts for size by how far it pushes, for the gain by what the push does.")
 
 
 def facts(x):

@@ -322,8 +322,8 @@ def write(path, about, verdict, sections):
         inside = render([Text(hint, "missing")] if blocks is None else blocks, name)
         shown.append(join([tag("h2", tag("b", n), title, id=name), tag("p", rich(question)), inside]))
         contents.append(tag("a", f"{n} {title}", href=f"#{name}"))
-    over = (f"Trained with {about['objective']} on {about['pairs']}. Model {about['model']}, steered at "
-            f"layer {about['layer']}.")
+    over = (f"Trained with {about['objective']} on {about['pairs']}. Model {about['model']}; steered "
+            f"layer: {about['layer']}.")
     filled = {"name": esc(about["run"]), "over": esc(over), "verdict": render(verdict, "verdict")}
     filled |= {"contents": join(contents, " "), "sections": join(shown, "\n")}
     write_text(path, string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(filled))

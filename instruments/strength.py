@@ -12,17 +12,17 @@ from lib.blocks import Curves, Figures, Table, Text, interval, number
 NAME, TITLE = "strength", "Strength and top-k"
 QUESTION = ("What comes of steering less, or harder, or with only the k strongest features of a token? "
             "The controls are the base model (strength 0) and the policy as trained (strength 1, all).")
-ALL = 128      # stands for all that the policy would steer
-POINTS = {"strength": (0, .25, .5, .75, 1, 1.25, 1.5, 2, 3), "top_k": (1, 2, 4, 8, 16, 32, 64, ALL)}
-ANSWERED = {"strength": (0, 1, 2, 3), "top_k": (1, 8, ALL)}      # answers take long: where it speaks
+ALL = 128      # stands for all features that the policy would steer
+POINTS = {"strength": (0, .25, .5, .75, 1, 1.25, 1.5, 2, 3), "top_k": (1, 2, 4, 8, 16, 32, 64)}
+ANSWERED = {"strength": (0, 1, 2, 3), "top_k": (1, 8)}           # answers take long: where it speaks
 
 
-def changed(steerings, strength=1, top_k=ALL):
+def changed(steerings, strength=1, top_k=None):
     """The same policy at a multiple of its strength, or with fewer features a token."""
     out = [copy(s) for s in steerings]
     for s in out:
         s.strength = s.strength * strength
-        s.top_k = s.top_k if top_k == ALL else min(top_k, s.top_k or s.sae.d_sae)
+        s.top_k = min(top_k, s.top_k or s.sae.d_sae) if top_k else s.top_k
     return out[0] if len(out) == 1 else fsrl.Steerings(out)
 
 
@@ -49,6 +49,7 @@ def measure(m, options):
             if value in ANSWERED[name]:
                 point["health"], _ = health(m, policy, prompts, texts, temperature=1.0, **how)
             out[name].append(point)
+    out["top_k"] += [{**point, "top_k": ALL} for point in out["strength"] if point["strength"] == 1]
     return out
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lib.files import UserError, atomically, import_from, read_json, source_of, write_json
+from lib.sae_files import subtracts_b_dec
 from lib.settings import key_values
 
 HOOKS = ("forward", "penalty", "project")        # what an adapter may bring: see docs/reference.md
@@ -191,11 +192,12 @@ def write_adapter(folder, tensors, config):
     write_json(folder / CONFIG, config, indent=4)
 
 
-def read_adapter(folder):
+def read_adapter(folder, sae=None):
     """-> (config, tensors in float32), older files of the authors made like new ones.
 
     No activation_type means relu, unless one of two older flags is set; a steering_magnitude counts
-    only if its flag is set, and is ones where it is missing: so does their loader.
+    only if its flag is set, and is ones where it is missing: so does their loader. sae: if it subtracts
+    b_dec from its input, so does their adapter, which is another bias; files of ours hold x's own.
     """
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} is not a finished run: {CONFIG} is not there")
@@ -222,6 +224,9 @@ def read_adapter(folder):
         tensors.setdefault("steering_magnitude", torch.ones(len(weight)))
     else:
         tensors.pop("steering_magnitude", None)
+    if sae is not None and "fusion" not in config and subtracts_b_dec(sae.source):
+        shift = weight @ sae.b_dec.detach().cpu().float()
+        tensors["adapter_linear.bias"] = tensors["adapter_linear.bias"] - shift
     return config, tensors
 
 

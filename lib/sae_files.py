@@ -82,6 +82,14 @@ def folder_of(source):
                     f"name one SAE, such as {example}")
 
 
+def subtracts_b_dec(source):
+    """Whether an SAE of SAELens takes x - b_dec, as its config says; Gemma Scope's never do."""
+    folder = folder_of(source) if source else Path("nowhere")
+    if (folder / "params.npz").exists() or not (folder / "cfg.json").exists():
+        return False
+    return bool(read_json(folder / "cfg.json").get("apply_b_dec_to_input", True))
+
+
 def read_npz(path):
     """Gemma Scope's file, one array at a time: it is compressed, and up to 19 GB large. No pickles."""
     tensors = {}

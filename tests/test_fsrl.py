@@ -10,6 +10,7 @@ from common import lively_adapter, mutant, off, relative, small_gemma, small_sae
 from fsrl import Adapter, Steering, Steerings, load_adapter, save_adapter
 from lib.files import UserError, atomically
 from lib.plugins import CONFIG, THEIR_NAMES, WEIGHTS, check_fit
+from sae import load_sae
 from simpo import by_the_book, collate, score, simpo_loss
 
 
@@ -420,3 +421,21 @@ def test_layer_and_width_have_to_fit():
     sae.layer = 1
     with pytest.raises(UserError, match="width 24"):
         check_fit(sae, small_gemma(hidden_size=16).config)
+
+
+def test_authors_adapter_of_an_sae_that_subtracts_b_dec(tmp_path):
+    """Theirs reads x - b_dec where the SAE does; ours says so by another bias, and leaves files of ours alone."""
+    g = torch.Generator().manual_seed(0)
+    W, b_dec, x = (torch.randn(*shape, generator=g) for shape in ((7, 5), (5,), (3, 5)))
+    arrays = {"W_enc": torch.randn(5, 7, generator=g), "W_dec": torch.randn(7, 5, generator=g), "b_dec": b_dec,
+              "b_enc": torch.zeros(7), "threshold": torch.zeros(7)}
+    save_file({name: t.contiguous() for name, t in arrays.items()}, tmp_path / "sae_weights.safetensors")
+    config = {"architecture": "jumprelu", "apply_b_dec_to_input": True,
+              "metadata": {"hook_name": "blocks.1.hook_resid_post"}}
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    sae = load_sae(str(tmp_path))
+    save_file({"adapter_linear.weight": W, "adapter_linear.bias": torch.zeros(7)}, tmp_path / WEIGHTS)
+    (tmp_path / CONFIG).write_text(json.dumps({"activation_type": "relu"}))
+    assert off(load_adapter(tmp_path, sae=sae)[0](x), ((x - b_dec) @ W.T).relu()) < 1e-6
+    (tmp_path / CONFIG).write_text(json.dumps({"activation_type": "relu", "fusion": "additive"}))
+    assert off(load_adapter(tmp_path, sae=sae)[0](x), (x @ W.T).relu()) < 1e-6
