@@ -18,8 +18,7 @@ def number(x, form=".3f", times=1, unit=""):
 
 def interval(x, form=".3f", times=1, unit=""):
     """0.20 [0.18, 0.22]; without the brackets where they are not known."""
-    if not x:
-        return "–"
+    x = x or {}
     value = number(x.get("value", x.get("mean")), form, times, unit)
     low, high = (number(x.get(end), form, times) for end in ("low", "high"))
     return value if (low, high) == ("–", "–") else f"{value} [{low}, {high}]"
@@ -31,8 +30,9 @@ def percent(x, form=".0f"):
 
 
 def group_of(name, groups):
-    """The group of a category of answers. groups: the judge's, {"style": names, ...}"""
-    return next((group for group, names in groups.items() if name in names), "other")
+    """Of a category of answers. groups: the judge's, {"style": names, ...}"""
+    found = [group for group, names in groups.items() if name in names]
+    return found[0] if found else "base" if groups else "other"
 
 
 @dataclass(frozen=True)

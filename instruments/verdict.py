@@ -1,0 +1,102 @@
+"""The verdict: what was trained, what its gain is made of, how far that can be believed.
+
+Three sentences for a reader who knows no method. A text that is not sound is told first; of a gain that
+cannot be told from 0 nothing is claimed.
+"""
+from lib.blocks import Card, Table, Text, interval, number, percent
+from lib.files import ROOT, read_json
+from lib.stats import leaves_out_zero
+
+FILE = ROOT / "tiny" / "calibration.json"
+CALIBRATION = ("calibration", "Calibration",
+               "Do these instruments tell the truth? On policies of the lab, where the reward was "
+               "planted, their readings stand beside what the policies do.")
+
+
+def objective(config, steerings=()):
+    """What a run was trained with, in words: its objective and its penalty, whoever wrote them."""
+    weight, nll, parts = config.get("simpo_weight", 1), config.get("nll_weight", 0), []
+    if weight:
+        kind = "hinge, " if config.get("loss") == "hinge" else ""
+        words = f"SimPO ({kind}β {config.get('beta', 10):g}, γ/β {config.get('gamma_ratio', .5):g})"
+        words = f"the objective {config['objective']}" if config.get("objective") else words
+        parts.append(words + (f" at weight {weight:g}" if weight != 1 else ""))
+    if nll:
+        parts.append(f"{nll:g} × NLL of the chosen answers" + ("" if weight else " (imitation alone)"))
+    if config.get("l1"):
+        own = [type(s.adapter).__name__ for s in steerings if hasattr(s.adapter, "penalty")]
+        own = own or [config["policy"]] if config.get("policy") else own
+        penalty = f"the penalty of {' and '.join(own)}" if own else "ℓ1 of the steering"
+        parts.append(f"{config['l1']:g} × {penalty}")
+    mask = config.get("mask") or ""
+    masked = f", with features {mask if len(mask) < 40 else '(a list of them)'} masked," if mask else ""
+    return " + ".join(parts) + masked
+
+
+def verdict(results, about):
+    """-> blocks: alarms, then the three sentences."""
+    out = [Text(alarm, "alarm") for alarm in results.get("behaviour", {}).get("alarms", [])]
+    trained, x = f"Trained with {about['objective']} on {about['pairs']}", results.get("ledger")
+    if not x:
+        said = f"{trained}. The ledger was not computed, so nothing is said about what is rewarded."
+        return [*out, Text(said, "verdict")]
+    before, after = (percent(x[f"accuracy_{who}"]["value"], ".1f") for who in ("base", "policy"))
+    moved = (f"{trained}, the policy moved its preference for the chosen answers by "
+             f"{interval(x['gain'], '+.3f')} nats a token: it ranks {after} of the held-out pairs "
+             f"right, the base model {before}.")
+    if leaves_out_zero(x["gain"]):
+        said = [moved, made_of(x, results.get("masking", {})), trust(about)]
+    else:
+        said = [moved, "That cannot be told from 0, so no part of it is given to anything."]
+    return out + [Text(sentence, "verdict") for sentence in said]
+
+
+def made_of(ledger, masking):
+    """What the gain is made of, by the ledger by token, and what masking says beside its control."""
+    parts = []
+    for row in ledger["token_groups"]:
+        a = "an" if row["name"][0] in "aeiou" else "a"
+        parts.append(f"{percent(row['share'])} falls on words that settle {a} {row['name']} choice")
+    if not parts:
+        for row in sorted(ledger["tokens"], key=lambda row: -row["nats"]["value"])[:3]:
+            parts.append(f"{percent(row['share'])} falls on tokens of the kind “{row['name']}”")
+    said = f"Of that gain {' and '.join(parts)}"
+    for row in masking.get("sets", []):
+        other = next(c["lost"] for c in masking["controls"]
+                     if (c["name"], c["kind"]) == (row["name"], "usage"))
+        share = row["lost_part"]
+        more = ("more than" if share["value"] > other["high"] else
+                "less than" if share["value"] < other["low"] else "no more than")
+        said += (f"; without the {row['steered']} features labelled {row['name']} {percent(share)} of "
+                 f"it is lost, {more} without random ones used as much ({percent(other)})")
+    return said + "."
+
+
+def trust(about):
+    """How far the instrument just quoted can be believed: the lab knows what its policies do."""
+    known = read_json(FILE).get("trust", {}).get("tokens") if FILE.is_file() else None
+    if not known:
+        return ("How far to trust this is not known: the ledger says on which words the preference "
+                "moved, not what the answers do.")
+    lab = "" if about["weights"] else " (In the lab, on a tiny model.)"
+    return f"How far to trust this: {known[0].lower()}{known[1:]}{lab}"
+
+
+def calibration():
+    """What tiny/calibration.json says, as a section of the page: name, title, question, blocks."""
+    if not FILE.is_file():
+        return *CALIBRATION, [Text("`python -m tiny.calibrate RUNS` makes a calibration.", "missing")]
+    data = read_json(FILE)
+    blocks = [Text(sentence) for sentence in data.get("sentences", [])]
+    for table in data.get("tables", []):
+        rows = [[cell(x) for x in row] for row in table["rows"]]
+        made = [Table(table["head"], rows, table.get("note", ""))]
+        if table.get("first"):
+            blocks += [Text(table["title"], "heading"), *made]
+        else:
+            blocks.append(Card(table["title"], "", [], made))
+    return *CALIBRATION, blocks
+
+
+def cell(x):
+    return number(x, ".3g") if isinstance(x, float) else "–" if x is None else str(x)

@@ -1,0 +1,111 @@
+"""What is counted and averaged over held-out pairs: sparse features of tokens, intervals over questions.
+
+`Counts` is what analyze.py's HeldOut is made on; it knows numbers, and nothing of models.
+"""
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional as nnf
+from tqdm import tqdm
+
+from lib.stats import FEWEST, bootstrap
+
+
+@dataclass
+class Sparse:
+    """The few active features of N tokens; those of one token, under one of S steerings, are a bag."""
+    token: torch.Tensor      # (n,) which of the N
+    feature: torch.Tensor    # (n,) which of F
+    value: torch.Tensor      # (n,)
+    bag: torch.Tensor        # (n,) token * S + steering
+    start: torch.Tensor      # (N*S,) where the entries of each bag begin
+
+    @classmethod
+    def of(cls, *dense):
+        """dense: (N,F) of each steering; their features share one numbering."""
+        together, S = torch.cat(dense, 1), len(dense)
+        token, feature = together.nonzero(as_tuple=True)
+        ends = torch.tensor([x.shape[1] for x in dense], device=feature.device).cumsum(0)
+        bag = token * S + torch.bucketize(feature, ends, right=True)
+        count = torch.bincount(bag, minlength=len(together) * S)
+        return cls(token, feature, together[token, feature], bag, count.cumsum(0) - count)
+
+    def sums(self, table, weight=None):
+        """Σ over each bag of weight · table[feature].  table (F,K) -> (N*S,K)"""
+        if len(self.feature) and table.device.type != "mps":                # mps has no embedding_bag
+            how = {"mode": "sum", "per_sample_weights": weight}
+            return nnf.embedding_bag(self.feature, table, self.start, **how)
+        rows = table[self.feature] if weight is None else table[self.feature] * weight[:, None]
+        return table.new_zeros(len(self.start), table.shape[1]).index_add(0, self.bag, rows)
+
+
+def widest(device):
+    """float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def spread_of(x):
+    """Mean of the draws of a control, and the range of 95 in 100."""
+    low, high = np.percentile(x, [2.5, 97.5])
+    return {"mean": np.mean(x), "low": low, "high": high}
+
+
+class Counts:
+    """Numbers by pair (P of them) and by feature (F).
+
+    Needs clusters (P,), numbers that are equal for pairs to be drawn together; rows with index, branch
+    and the Sparse v and f; d_sae = F, directions (F,D), steerings with an sae each.
+    """
+    progress = True
+
+    def bar(self, items, name):
+        return tqdm(items, desc=name, leave=False, dynamic_ncols=True, disable=not self.progress)
+
+    def spread(self, index, values):
+        """Values of the pairs `index` in their places among all P, nan elsewhere."""
+        out = np.full((len(self.clusters), *values.shape[1:]), np.nan)
+        out[index] = values
+        return out
+
+    def interval(self, statistic, *columns):
+        """`bootstrap` of columns (P,), clusters drawn whole. nan in the first: not measured there."""
+        columns = [np.asarray(x, dtype=np.float64) for x in columns]
+        there = ~np.isnan(columns[0])
+        columns, clusters = [x[there] for x in columns], self.clusters[there]
+        if len(set(clusters)) >= FEWEST:
+            return bootstrap(columns, clusters, statistic)
+        value = float(statistic(*(x.sum() for x in columns))) if there.any() else np.nan
+        return {"value": value, "low": np.nan, "high": np.nan, "se": np.nan}
+
+    def mean(self, values, den=None):
+        """Σ values / Σ den over pairs (den None: their mean), with its interval."""
+        return self.interval(np.divide, values, np.ones(len(values)) if den is None else den)
+
+    def without(self, features):
+        """keep (F,) that masks these."""
+        return torch.ones(self.d_sae).index_fill(0, torch.as_tensor(features), 0.0)
+
+    def events(self, kind, weight=None, branches=(0, 1, 2)):
+        """Σ over the tokens of these branches of what each feature does there, (F,). kind: "v" or "f";
+        weight None: one an event, else a function of the values"""
+        total = np.zeros(self.d_sae)
+        for r in self.rows:
+            s = getattr(r, kind)
+            wanted = torch.isin(r.branch[s.token], torch.tensor(branches, device=s.token.device))
+            amount = torch.ones_like(s.value) if weight is None else weight(s.value)
+            feature, amount = s.feature[wanted].cpu(), amount[wanted].cpu().double()
+            total += torch.bincount(feature, amount, self.d_sae).numpy()
+        return total
+
+    def usage(self):
+        """Σ|v_i||d_i| of each feature over all steered tokens, (F,)."""
+        return self.events("v", torch.abs) * self.directions.float().norm(dim=-1).cpu().double().numpy()
+
+    def feature_name(self, i):
+        """"17", or "L3/17" where several layers are steered."""
+        first = 0
+        for s in self.steerings:
+            if i < first + s.sae.d_sae:
+                return str(i) if len(self.steerings) == 1 else f"L{s.sae.layer}/{i - first}"
+            first += s.sae.d_sae
