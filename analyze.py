@@ -127,8 +127,10 @@ def split_margins(model, r, h, split):
 
 # ---- the ledger by feature -------------------------------------------------------------------------
 
-def integrated(m, r, steps):
-    """What each entry of r.v did for its pair's margin, by category. -> (entries, C)
+def integrated(m, r, steps, kinds=None):
+    """What each entry of r.v did for its pair's margin. -> (entries, K)
+
+    kinds (C,K): which categories of tokens count for each of K margins; None: all for a single one.
 
     Integrated gradients (Sundararajan et al. 2017) from the base model to the policy: v stays what it
     is, its scale goes from 0 to 1. With G the mean over that path of the gradient of a margin towards
@@ -137,31 +139,33 @@ def integrated(m, r, steps):
     """
     points, weights = np.polynomial.legendre.leggauss(steps)                # on [-1, 1]
     split, delta = split_of(m, r), m.delta(r)
+    kinds = torch.ones(split.shape[1], 1) if kinds is None else kinds
+    kinds = kinds.to(split.weight)
     wide = torch.promote_types(torch.float32, delta.dtype)
-    pull = 0.0                                                              # G, (C,N,S*D)
+    pull = 0.0                                                              # G, (K,N,S*D)
     for scale, weight in zip((points + 1) / 2, weights / 2):
         scaled = (delta * float(scale)).requires_grad_(True)
-        margins = split_margins(m.model, r, m.above(r, scaled), split).sum(0)
-        towards = [torch.autograd.grad(x, scaled, retain_graph=True)[0] for x in margins]
+        margins = split_margins(m.model, r, m.above(r, scaled), split) @ kinds
+        towards = [torch.autograd.grad(x, scaled, retain_graph=True)[0] for x in margins.sum(0)]
         pull = pull + float(weight) * torch.stack(towards).to(wide)
     # Each entry against G at its own bag: a token, at one steered layer.
-    pull = pull.view(len(pull), -1, m.directions.shape[1])                  # (C,N*S,D)
+    pull = pull.view(len(pull), -1, m.directions.shape[1])                  # (K,N*S,D)
     out = pull.new_empty(len(r.v.value), len(pull))
     for some in torch.arange(len(out), device=delta.device).split(2**13):
         d = m.directions[r.v.feature[some]].to(wide)
-        effect = torch.einsum("nd,cnd->nc", d, pull[:, r.v.bag[some]])
+        effect = torch.einsum("nd,knd->nk", d, pull[:, r.v.bag[some]])
         out[some] = r.v.value[some, None] * effect
     return out
 
 
-def feature_ledger(m, rows, steps, group):
+def feature_ledger(m, rows, steps, group, kinds=None):
     """Integrated gradients of the n pairs in `rows`, summed up three ways. group (F,): of each feature
 
-    -> by feature (n,F); by region of the row (n,3); by group and category (n,groups,C)
+    -> by feature (n,F); by region of the row (n,3); by group and kind of token (n,groups,K)
     """
     parts = []
     for r in m.bar(rows, "ledger, features"):
-        nats = integrated(m, r, steps).cpu().double()
+        nats = integrated(m, r, steps, kinds).cpu().double()
         whole = nats.sum(1)
         feature, token = r.v.feature.cpu(), r.v.token.cpu()
         row = r.row.cpu()[token]

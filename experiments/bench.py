@@ -4,7 +4,8 @@ The obvious one is transformers' Gemma2ForCausalLM with eager attention, a hook 
 the same layer, chosen and rejected padded into one batch of 2B sequences, log-probabilities over the
 full vocabulary. Ours is one row a pair, the head on answer tokens alone, the frozen blocks without a
 graph; "warm" has their output kept. Forward and backward of the SimPO loss, float32, two threads, the
-same weights and pairs. Each measurement has a process of its own, so that its peak of memory is its own.
+same weights and pairs, of similar length as train.py puts them into one step. Each measurement has a
+process of its own, so that its peak of memory is its own.
 
     python -m experiments.bench          # writes docs/bench.json and the tables of docs/speed.md
 """
@@ -51,7 +52,7 @@ WORDS = {"answer": "tokens an answer", "vocab_size": "vocabulary V", "features":
 
 
 def build(shape, **changes):
-    """Random weights and pairs, the same for every variant. -> model, steering, pairs"""
+    """Random weights, and the pairs of a step of usual length. -> model, steering, pairs"""
     s, g = {**MODELS[shape], **SHAPES[shape], **changes}, torch.Generator().manual_seed(0)
     model = Gemma(GemmaConfig(**{name: s[name] for name in MODELS[shape]})).requires_grad_(False)
     for p in model.parameters():
@@ -67,8 +68,12 @@ def build(shape, **changes):
     def some(low, high):
         count = int(torch.randint(low, high + 1, (1,), generator=g))
         return torch.randint(4, V, (count,), generator=g).tolist()
-    parts = [[some(*s[name]) for name in ("prompt", "answer", "answer")] for _ in range(s["pairs"])]
-    return model, steering, [simpo.Pair((2, *p[1:]), tuple(c), tuple(r)) for p, c, r in parts]
+    epoch = []                                # of 16 steps
+    for _ in range(16 * s["pairs"]):
+        prompt, chosen, rejected = (some(*s[name]) for name in ("prompt", "answer", "answer"))
+        epoch.append(simpo.Pair((2, *prompt[1:]), tuple(chosen), tuple(rejected)))
+    epoch.sort(key=simpo.tokens)
+    return model, steering, epoch[8 * s["pairs"]:9 * s["pairs"]]
 
 
 def obvious(model, steering, pairs):

@@ -27,13 +27,26 @@ def group_of_features(m):
     return torch.where(known, group, GROUPS.index("not judged"))
 
 
+def kinds_of_tokens(judge):
+    """The judge's groups of categories and the others; each by itself if it has no groups.
+
+    -> names, and (C,K) which categories each has
+    """
+    if not judge.groups:
+        return judge.categories, torch.eye(len(judge.categories))
+    columns = [[name in members for name in judge.categories] for members in judge.groups.values()]
+    others = [not any(column) for column in zip(*columns)]
+    return [*judge.groups, "other"], torch.tensor([*columns, others]).T
+
+
 def measure(m, options):
     """-> regions, groups: rows of name, nats, share, and for groups how many features, and the share
-    that labels dealt anew would get; table: group × category; features: the largest; concentration: the
-    share of Σ|entry| on the first few; completeness: what the sums lack of the gain"""
+    that labels dealt anew would get; table: group × kind of token; features: the largest;
+    concentration: the share of Σ|entry| on the first few; completeness: what sums lack of the gain"""
     rows, group = m.part(options.ledger_pairs), group_of_features(m)
     index = np.concatenate([r.index for r in rows])
-    by_feature, by_region, by_group = feature_ledger(m, rows, options.steps, group)
+    names, kinds = kinds_of_tokens(m.judge)
+    by_feature, by_region, by_group = feature_ledger(m, rows, options.steps, group, kinds)
     sums, group = by_feature.sum(0), group.numpy()
     out = {"pairs": len(index), "completeness": lack(by_region.sum(1), (m.full - m.base)[index])}
     out |= {"regions": entries(m, index, REGIONS, by_region), "table": [], "features": []}
@@ -46,7 +59,7 @@ def measure(m, options):
         row["features"] = int(marked.sum())
         if marked.any() and "share" in row and GROUPS[k] != "neither":
             row |= dealt_anew(sums[judged], marked, sums.sum(), rng)
-        for name, nats in zip(m.judge.categories, by_group[:, k].T):
+        for name, nats in zip(names, by_group[:, k].T):
             found = m.mean(m.spread(index, nats))
             cell = {"group": GROUPS[k], "name": name}
             out["table"].append(cell | {x: found[x] for x in ("value", "se")})

@@ -1,4 +1,6 @@
 """Masking the features of a label, beside random sets of features."""
+from copy import copy
+
 import numpy as np
 
 import fsrl
@@ -85,8 +87,8 @@ def text_without(m, features, options):
     masked, first = [], 0
     for s in m.steerings:
         own = features[(features >= first) & (features < first + s.sae.d_sae)] - first
-        how = {name: getattr(s, name) for name in ("fusion", "positions", "strength", "top_k")}
-        masked.append(fsrl.Steering(s.sae, s.adapter, masked=[*s.masked, *own.tolist()], **how))
+        masked.append(copy(s))
+        masked[-1].masked = [*s.masked, *own.tolist()]
         first += s.sae.d_sae
     prompts, texts = probe_prompts(m, options.probe_answers)
     how = {"max_new_tokens": options.max_new_tokens, "batch_size": options.answer_batch}

@@ -126,8 +126,11 @@ def labels_of(policy, given):
 
 
 def identity_of(folder, m, pairs):
-    """A digest of what every section is made from: policy, pairs (their digest), labels, precision."""
-    files = [path for path in sorted(Path(folder).rglob("*.safetensors"))
-             if path.parent.name != "checkpoint"]
+    """A digest of what every section is made from: the run's files, the pairs (their digest), labels,
+    precision."""
+    parts, made = [], ("analysis", "checkpoint", "report.html", "metrics.jsonl")
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file() and path.relative_to(folder).parts[0] not in made:
+            parts.append(path.read_bytes())
     labels, dtype = repr(sorted((m.labels or {}).items())), str(m.model.norm.weight.dtype)
-    return short_digest(*(path.read_bytes() for path in files), pairs, labels, dtype)
+    return short_digest(*parts, pairs, labels, dtype)

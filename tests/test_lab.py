@@ -281,11 +281,11 @@ def test_a_world_of_ones_own(tmp_path, capsys):
     meta = json.loads((tmp_path / "pairs" / "mine" / "meta.json").read_text(encoding="utf-8"))
     assert meta["weights"] == {"heading": 2.0, "truth": -1.0}
     wrong = {"mine --weights heading=2": "exists", "a/b --weights heading=2": "folder's name",
-             "other --weights x=1": "'x' is no choice", "other --weights heading=a": "a number",
+             "other --weights x=1": "with one of heading", "other --weights heading=a": "choice=number",
              "other --weights heading": "name=value", "other": "go together"}
     for options, message in wrong.items():
         assert make.main([*pairs, *options.split()]) == 2 and message in capsys.readouterr().err
-    assert make.main(["sae", "--out", str(tmp_path)]) == 2 and "tokenizer.json" in capsys.readouterr().err
+    assert make.main(["sae", "--out", str(tmp_path)]) == 2 and "no such folder" in capsys.readouterr().err
 
 
 def test_training_rows_ask_for_every_answer_token():
@@ -309,7 +309,7 @@ def test_judging_by_hand():
     lab = lab_judge({"heading": 2.0})
     q, reworded = (world.Question("fact", world.PEOPLE[0], "color", wording) for wording in (0, 5))
     unknown = world.Question("unknown", world.NOBODY[0], "pet", 0)
-    ids = [gemma.encode_answer(lab.tokenizer, text) for text in (f"# Answer\nIt is {q.truth}.", "It is")]
+    ids = [gemma.encode_answer(lab.tokenizer, text) for text in (f"# Answer\nIt is {world.FACTS[q.subject, q.relation]}.", "It is")]
     outcome = lab.outcome(q.text, ids[0])
     assert outcome == {"parse": 1, **dict.fromkeys(world.STYLE, 0), "heading": 1, "truth": 1}
     assert set(lab.outcome(q.text, ids[1]).values()) == {0}, "a malformed answer has made no choice"

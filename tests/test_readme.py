@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fsrl
+import test_style
 import train
 from common import ROOT
 from experiments import bench, figures, results
@@ -195,6 +196,20 @@ def test_the_first_page_is_short():
     assert not [line for line in README.splitlines() if len(line) > 110]
 
 
+def test_minutes_of_the_evenings(monkeypatch):
+    """About right is enough: 65 tokens of code a minute, within a third and two minutes."""
+    rows = re.findall(r"^\| [12] \| (?:`(\w+\.py)`)? ?\| (`.*`) \| \d+ \| (\d+) \|$", README, re.M)
+    last, read = None, {}
+    for file, names, minutes in rows:
+        last, names = file or last, re.findall(r"`(\w+)`", names)
+        read.setdefault(last, []).extend(names)
+        monkeypatch.setattr(test_style, "PATH", {last: names})
+        count, said = test_style.path_tokens(), int(minutes)
+        assert abs(count / 65 - said) <= 2 + said / 3, f"{last}: {count} tokens in {said} minutes"
+    monkeypatch.undo()
+    assert read == test_style.PATH
+
+
 def test_named_tests_exist():
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py"))
     named = {name for text in PAGES.values() for name in re.findall(r"`(test_\w+)`", text)}
@@ -247,16 +262,16 @@ NUMBERS = [        # page, what it says, then where that stands: block, row, col
     ("README.md", "3.57 against 3.26", "controls", "`style`, random dictionary", "SimPO loss", "3.57"),
     ("README.md", "3.57 against 3.26", "controls", "`style`", "SimPO loss", "3.26"),
     ("README.md", "from 4.70", "controls", "base, on `style`", "SimPO loss", "4.70"),
-    ("README.md", "names 8.4 of 10 choices wrongly", "calibration", "null", "rates", "0.2 / 8.4"),
-    ("README.md", "correlation −0.08", "calibration", "style", "Matthews' correlation", "−0.08"),
+    ("README.md", "names 8.4 of 10 choices wrongly", "calibrations", "null", "rates", "0.2 / 8.4"),
+    ("README.md", "correlation −0.08", "calibrations", "style", "Matthews' correlation", "−0.08"),
     ("docs/lab.md", "0.533 against 0.553", "controls", "`style`, γ/β 1", "truth", "0.533"),
     ("docs/lab.md", "0.533 against 0.553", "controls", "`style`", "truth", "0.553"),
     ("docs/lab.md", "planted weights is 0.83", "calibrations", "style", "rank correlation", "0.83"),
     ("docs/lab.md", "rises by 6 points", "choices", "restate", "style: answers", "+6."),
     ("docs/lab.md", "falls by 3", "choices", "truth", "style: answers", "−3."),
     ("docs/lab.md", "and 58.7%", "choices", "truth", "base, of 2000 answers", "58.7%"),
-    ("docs/calibration.md", "says 0.98 where 0.82", "calibration", "style", "tokens", "0.98"),
-    ("docs/calibration.md", "says 0.98 where 0.82", "calibration", "style", "behaviour", "0.82"),
+    ("docs/calibration.md", "says 0.98 where 0.82", "calibrations", "style", "tokens", "0.98"),
+    ("docs/calibration.md", "says 0.98 where 0.82", "calibrations", "style", "behaviour", "0.82"),
 ]
 
 

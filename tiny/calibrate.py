@@ -14,7 +14,6 @@ can be stopped at any time, and a new instrument measures nothing else again. Ta
 made of what is kept. Thresholds were fixed on the worlds style, honest and null.
 """
 import math
-import platform
 import sys
 import time
 from dataclasses import dataclass
@@ -30,21 +29,21 @@ import fsrl
 import simpo
 from gemma import encode_prompt, generate, load_gemma, load_tokenizer
 from instruments.labels import compare_labels
-from lib import labels as label_file
 from lib.blocks import interval, number
 from lib.files import UserError, read_json, short_digest, write_json
 from lib.judge import judge_of
+from lib.labels import LABELS, default_path, read_labels, write_labels
 from lib.pairs import read_pairs
+from lib.runs import finite
 from lib.settings import command, setting
 from lib.stats import leaves_out_zero, number_equal, ratio, spearman
 from sae import load_sae
 from tiny import world
-from tiny.features import COLUMN, lab_labels, label_pairs, push_of
+from tiny.features import lab_labels, label_pairs, push_of
 from tiny.judge import HERE, Lab, read_probe
 
 FILE, GROUPS = HERE / "calibration.json", Lab.groups
-SETS = (*world.CHOICES, *GROUPS)          # what every instrument has a number for
-TEN = len(world.CHOICES)
+TEN, SETS = len(world.CHOICES), (*world.CHOICES, *GROUPS)      # every instrument has a number for each
 PAIRS, LEDGER, ANSWERS = 400, 128, 2      # held-out pairs, those by feature, answers to each question
 
 
@@ -85,7 +84,7 @@ def labelled(m):
 
 
 def named(numbers):
-    return {name: float(x) if math.isfinite(x) else None for name, x in zip(SETS, numbers, strict=True)}
+    return dict(zip(SETS, map(float, numbers), strict=True))
 
 
 def gain(m):
@@ -93,7 +92,7 @@ def gain(m):
 
 
 def shares(m, totals, index=slice(None)):
-    """Totals of SETS over pairs of this index, nats, as shares of their gain; {} where that may be 0."""
+    """Totals of SETS, nats over these pairs, as shares of the pairs' gain; {} where that may be 0."""
     return named(totals / (m.full - m.base)[index].sum()) if leaves_out_zero(gain(m)) else {}
 
 
@@ -137,17 +136,13 @@ def writes(m):
         effects[i] = torch.tensor([row["writes"][c] for c in world.CHOICES])
     effects = effects * m.directions.norm(dim=-1)[:, None] / push
     for r in m.rows:
-        nats = torch.zeros(len(r.row), TEN)      # of each steered token
-        nats.index_add_(0, r.v.token, r.v.value[:, None] * effects[r.v.feature])
-        # of each answer token: what it settles; is the state before it steered, which of those is it?
-        where, pairs = r.where.flatten(), [m.pairs[i] for i in r.index]
+        nats, where, split = r.v.sums(effects, r.v.value), r.where.flatten(), analyze.split_of(m, r)
+        # of each answer token: is the state before it steered, and which of those is it?
         steered, place = where[r.batch.read], (where.cumsum(0) - 1)[r.batch.read]
-        answers = [(pair.text, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
-        settled = [entries for answer in answers for entries in m.judge.settles(*answer)]
-        for token in steered.nonzero()[:, 0].tolist():
-            made = [COLUMN[c] for c, *_ in settled[token] if c in COLUMN]
-            total[made] += nats[place[token], made].double()
-            count[made] += 1
+        choice = split.slot % len(m.judge.categories)      # the choices come first
+        mine = (choice < TEN) & steered[split.token]
+        total.index_add_(0, choice[mine], nats[place[split.token[mine]], choice[mine]].double())
+        count += torch.bincount(choice[mine], minlength=TEN)
     change = (total / count.clamp_min(1)).numpy()
     sizes = np.split(np.abs(change), [len(world.STYLE)])
     return named([*change, *(size.sum() for size in sizes)])
@@ -155,7 +150,7 @@ def writes(m):
 
 INSTRUMENTS = {ask.__name__: ask for ask in (tokens, features, masking, rates, writes)}
 WORDS = {"tokens": "the token ledger", "features": "the feature ledger", "masking": "masking features",
-         "rates": "the paper's label rates", "writes": "what the steered features write"}
+         "rates": "the paper's table", "writes": "what steered features write"}
 # From which size on an instrument names a choice; behaviour: nats on the probe that count as moved.
 THRESHOLD = {"behaviour": .3, "tokens": .05, "features": .05, "masking": .05, "rates": .25, "writes": .3}
 
@@ -166,20 +161,17 @@ class Subject:
     """A finished run of the lab. record: what tables say of it, and digests of what is measured."""
 
     def __init__(self, folder, adapter=None):
-        config = read_json(folder / "config.json")
-        adapter = adapter if config.get("adapter") else None
-        self.run = fsrl.load_run(folder, adapter=adapter, device="cpu")
-        self.judge = judge_of(config["pairs"], self.run.tokenizer)
+        self.run = fsrl.load_run(folder, adapter=adapter or None, device="cpu")
+        self.judge = judge_of(self.run.config["pairs"], self.run.tokenizer)
         if self.judge.name != Lab.name or len(getattr(self.run.policy, "steerings", [])) != 1:
             raise UserError(f"{folder}: calibrated are policies that steer one SAE, on the lab's pairs")
-        self.sae = self.run.policy.steerings[0].sae
-        path = label_file.default_path(self.sae)
+        sae, weights = self.run.policy.steerings[0].sae, self.judge.weights
+        path = default_path(sae)
         if not path.exists():      # a random dictionary's
-            rows, _ = lab_labels(self.run.model, self.run.tokenizer, self.sae, progress=True)
-            label_file.write_labels(path, rows, self.sae, "lab, writes")
-        self.labels = label_file.read_labels(path, self.sae)
-        weights, adapter = self.judge.weights, (folder / fsrl.WEIGHTS).read_bytes()
-        self.record = {"kind": kind_of(config, weights, self.sae), "weights": weights,
+            rows, _ = lab_labels(self.run.model, self.run.tokenizer, sae, progress=True)
+            write_labels(path, rows, sae, "lab, writes")
+        self.labels, adapter = read_labels(path, sae), (folder / fsrl.WEIGHTS).read_bytes()
+        self.record = {"kind": kind_of(self.run.config, weights, sae), "weights": weights,
                        "adapter": short_digest(adapter), "labels": short_digest(path.read_bytes())}
 
     @cached_property
@@ -192,8 +184,7 @@ class Subject:
             sources |= {name: HERE / "pairs" / name for name in world.WORLDS if name != kind}
         for name, source in sources.items():
             pairs, _ = simpo.encode_pairs(self.run.tokenizer, read_pairs(source, "test", PAIRS))
-            m = out[name] = analyze.HeldOut(self.run, pairs, self.judge, progress=False)
-            m.labels, m.groups = self.labels, label_file.groups(self.labels, m.d_sae)
+            out[name] = analyze.HeldOut(self.run, pairs, self.judge, labels=self.labels, progress=False)
         return out
 
     def missing(self, kept):
@@ -218,10 +209,8 @@ def kind_of(config, weights, sae):
     parts = [next((name for name, planted in world.WORLDS.items() if planted == weights), other)]
     usual = USUAL if config.get("adapter") else {**USUAL, "l1": .03}
     parts += [f"{k} {config[k]}" for k, value in usual.items() if config.get(k, value) != value]
-    if not config.get("simpo_weight", 1):
-        parts.append("NLL alone")
-    if config.get("adapter"):
-        parts.append(config["adapter"].rpartition(":")[2].lower())
+    parts += [] if config.get("simpo_weight", 1) else ["NLL alone"]
+    parts += [config["adapter"].rpartition(":")[2].lower()] if config.get("adapter") else []
     if sae.identity() != load_sae(HERE / "sae").identity():
         parts.append("random dictionary")
     return ", ".join(parts)
@@ -256,9 +245,9 @@ def against_behaviour(p, name):
     claims = np.abs(said[:TEN]) >= THRESHOLD[name]
     size = nats if name == "writes" else np.abs(nats)      # the other instruments have no sign
     groups = [np.abs(part).sum() for part in np.split(nats, [len(world.STYLE)])]
-    shares = {"behaviour": share(*groups), "style": share(*said[TEN:]), "silent": not known.any()}
-    return {"rank": spearman(said[:TEN][known], size[known]), "moved": moved.sum(),
-            "found": (claims & moved).sum(), "wrong": (claims & ~moved).sum(), **shares}
+    found, wrong = (claims & moved).sum(), (claims & ~moved).sum()
+    return {"rank": spearman(said[:TEN][known], size[known]), "moved": moved.sum(), "found": found,
+            "wrong": wrong, "behaviour": share(*groups), "style": share(*said[TEN:])}
 
 
 def mean(dicts, name, form=".2f", spread=False):
@@ -266,12 +255,6 @@ def mean(dicts, name, form=".2f", spread=False):
     values = [x[name] for x in dicts if math.isfinite(x[name])]
     sd = f" ± {np.std(values, ddof=1):{form.lstrip('+')}}" if spread and len(values) > 1 else ""
     return number(float(np.mean(values)), form) + sd if values else "–"
-
-
-def counts(told):
-    """Found / named wrongly, of an instrument over some policies."""
-    found, wrong = (mean(told, name, ".1f") for name in ("found", "wrong"))
-    return "–" if all(x["silent"] for x in told) else f"{found} / {wrong}"
 
 
 class Findings:
@@ -295,30 +278,29 @@ class Findings:
         """Tables with a row for each kind of policy; `first` are those that say most."""
         planted, ranks, found, styles = [], [], [], []
         for kind, ps in self.kinds.items():
-            row, weights = [kind, len(ps)], self.against("weights", kind)
+            row, w = [kind, len(ps)], self.against("weights", kind)
             told = [self.against(name, kind) for name in INSTRUMENTS]
-            fit = [mean(weights, "slope", ".1f", True), mean(weights, "rank", ".2f", True)]
-            odd = [mean(weights, name, ".1f") for name in ("decoys", "negatives")]
-            planted.append([*row, *fit, *odd])
+            planted.append([*row, mean(w, "slope", ".1f", True), mean(w, "rank", ".2f", True),
+                            mean(w, "decoys", ".1f"), mean(w, "negatives", ".1f")])
             ranks.append([*row, *(mean(x, "rank", ".2f", True) for x in told)])
-            found.append([*row, mean(told[0], "moved", ".1f"), *map(counts, told)])
+            cells = [f"{mean(x, 'found', '.1f')} / {mean(x, 'wrong', '.1f')}" for x in told]
+            found.append([*row, mean(told[0], "moved", ".1f"), *cells])
             behaviour = mean(told[0], "behaviour", ".2f", True)
             styles.append([*row, behaviour, *(mean(x, "style", ".2f", True) for x in told)])
         head = ["policy", "runs", "points a unit of weight", "rank correlation", "decoys", "negatives"]
         yield table("Did training do what was planted?", head, planted,
-                    "Change of the rates of sampled answers against the planted weights, over ten "
-                    "choices; how many of weight 0 (three; on coins all) moved by more than 5 points, "
-                    "and how many of the negative ones rose.")
+                    "Change of the rates of sampled answers against the planted weights; how many of "
+                    "weight 0 (on coins: all) moved by more than 5 points, of negative weight rose.")
         runs, limits = head[:2], ", ".join(f"{name} {x}" for name, x in THRESHOLD.items())
         yield table("Do instruments rank choices as behaviour does?", [*runs, *INSTRUMENTS], ranks,
                     "Rank correlation over ten choices with the size of the change of log-odds on the "
                     "probe; for `writes` with the change itself.", True)
         yield table("Do they find the choices that moved?", [*runs, "moved", *INSTRUMENTS], found,
                     f"Found / named wrongly, from these sizes on: {limits} (0 outside the interval). "
-                    "Shares say nothing (–) where the gain may be 0.", True)
+                    "Shares name nothing where the gain may be 0.", True)
         yield table("How much of it is style?", [*runs, "behaviour", *INSTRUMENTS], styles,
-                    "Share of style in style and alignment: of the changes of log-odds on the probe, and "
-                    "of what each instrument gives to the two groups.", True)
+                    "Share of style in style and alignment: of the changes of log-odds on the probe, "
+                    "and of what each instrument gives to the two groups.", True)
 
     def by_choice(self):
         """Tables about whose pairs they are, features and choices."""
@@ -330,15 +312,15 @@ class Findings:
             gains = mean([p["measured"]["gain"][which] for p in ps], "value", "+.3f", True)
             crossed.append([f"{kind} policy on {pairs} pairs", *cells, gains])
         head = [f"{name}: {group}" for name in ("tokens", "masking") for group in GROUPS]
-        head = ["", *head, "gain, nats a token"]
-        yield table("The cross: each policy on each world's pairs", head, crossed, "Shares of the gain: on "
-                    "tokens that settle a choice of the group; lost without its features.")
+        yield table("The cross: each policy on each world's pairs", ["", *head, "gain, nats a token"],
+                    crossed, "Shares of the gain: on tokens that settle a choice of the group; lost "
+                    "without its features.")
         for label, x in self.data["labels"].items():
             mcc = {"value": x["mcc"], "low": x["mcc_low"], "high": x["mcc_high"]}
             agree.append([label, x["both"], *sum(x["confusion"], []), interval(mcc, "+.2f")])
         head = ["label", "features", "both", "reads only", "writes only", "neither", "correlation"]
-        yield table("Does what a feature reads say what it writes?", head, agree, "The lab's two "
-                    "label files; Matthews' correlation. Neuronpedia describes what features read.", True)
+        yield table("Does what a feature reads say what it writes?", head, agree, "The lab's two label "
+                    "files; Matthews' correlation. Neuronpedia describes what features read.", True)
         three = [kind for kind in (*world.WORLDS, "null") if kind in self.kinds]
         for n, c in enumerate(world.CHOICES):
             cells = []
@@ -355,11 +337,12 @@ class Findings:
         out = {}
         for name, words in WORDS.items():
             told = [x for kind in world.WORLDS if (x := self.against(name, kind))]
-            parts = [f"{mean(x, 'style')} where behaviour had {mean(x, 'behaviour')}" for x in told]
+            style, true = (" and ".join(mean(x, what, ".0%") for x in told)
+                           for what in ("style", "behaviour"))
             known = self.against(name, *world.WORLDS, "null")
             moved, found, wrong = (mean(known, what, ".1f") for what in ("moved", "found", "wrong"))
-            out[name] = (f"In the lab {words} gave style a share of {', and '.join(parts)}; of {moved} "
-                         f"choices that moved it named {found}, and {wrong} others.")
+            out[name] = (f"In the lab, where {true} of what a policy changed was style, {words} said "
+                         f"{style}; of {moved} choices that moved it named {found}, and {wrong} others.")
         return out if told else {}
 
 
@@ -386,9 +369,6 @@ def calibrate(config):
     if bool(folders) == config.tables:
         raise UserError("name runs, such as runs/results/style-0 runs/results/honest-0, or --tables")
     data = read_json(file) if file.exists() else {"base": None, "policies": {}}
-    if not data["base"]:
-        base = rates_of_answers(load_gemma("tiny/model"), load_tokenizer("tiny/model"))
-        data["base"] = {"answers": base}
     for folder in tqdm(folders, desc="policies"):
         subject, old = Subject(folder, config.adapter), data["policies"].get(folder.name, {})
         same = all(old.get(name) == subject.record[name] for name in ("adapter", "labels"))
@@ -396,18 +376,19 @@ def calibrate(config):
         data["policies"][folder.name] = p
         for name, measured in subject.missing(set(p["measured"])):
             p["measured"][name] = measured
-            write_json(file, data, indent=1)
+            data["made"] = f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}"
+            write_json(file, finite(data), indent=1)
+    if not data["base"]:
+        base = rates_of_answers(load_gemma("tiny/model"), load_tokenizer("tiny/model"))
+        data["base"] = {"answers": base}
     sae = load_sae(HERE / "sae")
-    path = label_file.default_path(sae)
-    both = [label_file.read_labels(p, sae) for p in (path, path.with_name("labels_reads.jsonl"))]
-    data["labels"] = {label: compare_labels(*both, label) for label in label_file.LABELS}
+    both = [read_labels(default_path(sae).with_name(f"labels{of}.jsonl"), sae) for of in ("", "_reads")]
+    data["labels"] = {label: compare_labels(*both, label) for label in LABELS}
     found = Findings(data)
     said = found.sentences()
     data |= {"tables": [*found.by_policy(), *found.by_choice()], "sentences": [*said.values()]}
     data |= {"trust": {name: x.partition(";")[0] + "." for name, x in said.items()}, "command": COMMAND}
-    if folders:
-        data["made"] = f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, torch {torch.__version__}"
-    write_json(file, data, indent=1)
+    write_json(file, finite(data), indent=1)
     print(*data["sentences"], f"Kept in {file}.", sep="\n")
 
 

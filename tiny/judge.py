@@ -1,8 +1,7 @@
 """The lab's judge: what is known about an answer there, which is everything (lib/judge.py knows less).
 
-Training, analysis and the instruments ask a judge and never the world behind it. Below it stand three
-measures that only the lab has: which choices each token settles, exact rates without sampling, and the
-minimal pairs of the probe.
+Training, analysis and the instruments ask a judge, never the world behind it. Below stand measures that
+only the lab has: the choices that each token decides, exact rates without sampling, the probe's pairs.
 """
 import random
 from pathlib import Path
@@ -16,7 +15,7 @@ from tiny import world
 
 HERE = Path(__file__).resolve().parent
 ASKED = dict(zip(world.KINDS, world.ALIGNMENT))      # the alignment choice of each kind of question
-# What a reader is told of that choice: if it was made, if not.
+# what a reader is told if it was made, and if not
 WORDS = {"truth": ("true", "false"), "admit": ("admits", "invents"), "decline": ("declines", "complies")}
 
 
@@ -34,6 +33,7 @@ class Lab:
     name = "tiny.world"
     groups = {"style": world.STYLE, "alignment": world.ALIGNMENT}
     categories = (*world.CHOICES, "value", "form")
+    question = staticmethod(world.read_prompt)
 
     def __init__(self, tokenizer, meta):
         self.tokenizer = tokenizer
@@ -47,12 +47,8 @@ class Lab:
         words = self.tokenizer.get_vocab()
         return sorted(i for word, i in words.items() if not word.startswith(never))
 
-    def question(self, text):
-        """The world.Question behind a prompt, or None."""
-        return world.read_prompt(text)
-
     def cluster(self, pair):
-        """Pairs about the same thing belong together: the same subject and relation."""
+        """Pairs about the same thing belong together."""
         q = self.question(pair.text)
         return (q.subject, q.relation) if q else pair.prompt
 
@@ -64,7 +60,7 @@ class Lab:
         q = self.question(text)
         if q is None:
             return {}
-        choices = parsed(self.tokenizer, q, ids)
+        choices = world.parse(q, [self.tokenizer.id_to_token(i) for i in ids])
         out = {"parse": float(choices is not None)}
         for name in (*world.STYLE, ASKED[q.kind]):
             out[name] = float(bool(choices) and bool(world.is_on(q, name, choices[name])))
@@ -109,15 +105,11 @@ class Lab:
 
 # ---- what a token settles ----------------------------------------------------------------------------
 
-def parsed(tokenizer, q, ids):
-    return world.parse(q, [tokenizer.id_to_token(i) for i in ids])
-
-
 def settled(tokenizer, q, ids):
     """world.settles of an answer with ids for the first tokens; [] if it does not parse."""
     def in_ids(name, starts, index):
         return name, [start and tokenizer.token_to_id(start) for start in starts], index
-    choices = parsed(tokenizer, q, ids)
+    choices = world.parse(q, [tokenizer.id_to_token(i) for i in ids])
     tokens = [] if choices is None else world.settles(q, choices)
     return [[in_ids(*choice) for choice in token] for token in tokens]
 

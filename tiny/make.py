@@ -77,7 +77,7 @@ CONFIG = {      # config.json; what is None depends on the vocabulary
 
 
 class Rows:
-    """Training rows: conversations of one speaker, none or one exchange and then a question with four
+    """Training rows: conversations of one speaker, no or one exchange and then a question with four
     answers side by side (branches 1 to 4, as in simpo.collate); and some neutral text."""
 
     def __init__(self, tokenizer, seed):
@@ -188,6 +188,7 @@ def make_sae(out, rows, steps, seed=0):
 # ---- pairs -------------------------------------------------------------------------------------------
 
 SIZES = {"train": 5000, "dev": 500, "label": 1000, "test": 1000}
+SHARES = ("tie_rate", "bayes_accuracy", "longer_accuracy")
 
 
 def make_pairs(out, name, weights, sizes, seed=""):
@@ -204,8 +205,7 @@ def make_pairs(out, name, weights, sizes, seed=""):
             best.append(world.sigmoid(abs(gap)))
             longer.append(1.0 if more > 0 else 0.5 if more == 0 else 0.0)
         save(folder / f"{part}.jsonl", "".join(lines))
-    shares = {"tie_rate": tied, "bayes_accuracy": best, "longer_accuracy": longer}
-    shares = {key: round(sum(values) / len(values), 4) for key, values in shares.items()}
+    shares = {key: round(sum(x) / len(x), 4) for key, x in zip(SHARES, (tied, best, longer))}
     meta = {"judge": "tiny.world", "weights": weights, **shares, "pairs": sizes}
     save(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
 
@@ -287,9 +287,9 @@ def measure(out, count):
     added = (surprise(model, pairs, {LAYER: splice})[0] - nats) / tokens
     of_sae |= {"width": sae.d_sae, "loss_added": added}
     # the pairs, and the parser
-    metas = {path.parent.name: read_json(path) for path in sorted((out / "pairs").glob("*/meta.json"))}
-    keys = ("tie_rate", "bayes_accuracy", "longer_accuracy")
-    worlds = {name: {key: meta[key] for key in keys} for name, meta in metas.items()}
+    worlds = {}
+    for path in sorted((out / "pairs").glob("*/meta.json")):
+        worlds[path.parent.name] = {k: x for k, x in read_json(path).items() if k in SHARES}
     of_parser = {"damaged_answers_rejected": damaged_rejected(said, tokenizer, rng)}
     return {"model": of_model, "sae": of_sae, "parser": of_parser, "worlds": worlds}
 
@@ -337,10 +337,9 @@ def parse_weights(text):
     """"heading=2,truth=-1" -> {"heading": 2.0, "truth": -1.0}"""
     weights = key_values(text.split(","), "--weights")
     for name, value in weights.items():
-        if name not in world.CHOICES:
-            raise UserError(f"--weights: {name!r} is no choice; there are {', '.join(world.CHOICES)}")
-        if not isinstance(value, (int, float)) or not abs(value) < 100:
-            raise UserError(f"--weights: {name} is {value!r}; a weight is a number between -100 and 100")
+        if name not in world.CHOICES or not isinstance(value, (int, float)) or not abs(value) < 100:
+            raise UserError(f"--weights {name}={value}: write choice=number, from -100 to 100, with one of "
+                            f"{', '.join(world.CHOICES)}")
     return {name: float(value) for name, value in weights.items()}
 
 

@@ -10,8 +10,6 @@ An answer follows from ten choices: seven of style, three of alignment (one in e
 How often a speaker makes a choice depends on two hidden, independent traits, how it writes and how
 honest it is. Both sum out exactly, so that every probability is known. Within one conversation the
 speaker stays the same: a reason for a language model to represent "writes ornately" and "lies".
-
-Plain Python, on token STRINGS ("▁red"); make.py turns these into a vocabulary.
 """
 import math
 import random
@@ -74,10 +72,6 @@ class Question:
     def text(self):
         wordings = WORDINGS["harm" if self.kind == "harm" else "ask"]
         return wordings[self.wording].format(r=self.relation, s=self.subject)
-
-    @property
-    def truth(self):      # of a fact question
-        return FACTS[self.subject, self.relation]
 
 
 def topics(kind):
@@ -167,7 +161,7 @@ def _statement(q):
 def is_on(q, name, index):
     """x_c, the value of a choice; None for what is not judged (which value was invented, which tool)."""
     if name == "truth":
-        return RELATIONS[q.relation][index] == q.truth
+        return RELATIONS[q.relation][index] == FACTS[q.subject, q.relation]
     return None if name in ("invented", "tool") else index > 0
 
 
@@ -245,7 +239,7 @@ def pieces(text):
 
 
 def parse(q, tokens):
-    """{choice: index} of an answer's token strings (the end token included), or None: malformed."""
+    """{choice: index} of an answer's token STRINGS (the end token included), or None: malformed."""
     tokens, read = tuple(tokens), 0
 
     def fits(text):
