@@ -98,12 +98,14 @@ def split_of(m, r):
     # As tensors: the entries by column, the sets as rows of zeros and ones.
     device = m.model.device
     wide = widest(device)
-    *columns, weights = (torch.tensor(column, device=device) for column in zip(*entries))
+    *columns, weights = zip(*entries)
+    columns = [torch.tensor(column, device=device) for column in columns]
+    weights = torch.tensor(weights, dtype=wide, device=device)
     marks = torch.zeros(len(numbers) - 1, m.model.config.vocab_size, dtype=wide)
     for ids, k in numbers.items():
         marks[k, list(ids or ())] = 1.0
     shape = len(r.index), len(category)
-    return Split(*columns, weights.to(wide), marks.to(device), shape)
+    return Split(*columns, weights, marks.to(device), shape)
 
 
 def split_margins(model, r, h, split):

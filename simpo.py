@@ -18,8 +18,7 @@ token. Only these states go through the head: no logits of prompts or padding ar
     s(y)  = mean log p over y's tokens, its end token included
     loss  = -log sigmoid(beta · (s(chosen) - s(rejected) - gamma_ratio))     gamma_ratio: the paper's γ/β
 
-(SimPO, arXiv 2405.14734, eq. 6.) Equally likely answers give softplus(beta · gamma_ratio): 5.0067 at
-beta 10 and ratio 0.5. Every fast function has a plain one above it that gives the same numbers.
+(SimPO, arXiv 2405.14734, eq. 6; equally likely answers give softplus(beta · gamma_ratio) = 5.0067.)
 """
 from dataclasses import dataclass, fields, replace
 
@@ -62,8 +61,7 @@ def by_the_book(model, pair, policy=None):
 
 
 def dense_logps(x, W, target, cap):
-    """log softmax(cap · tanh(x W^T / cap)) at the targets.  x (N,D), W (V,D), target (N,) -> (N,)
-    All (N,V) logits at once; gradients reach x and W."""
+    """log softmax(cap · tanh(x W^T / cap)) at the targets.  x (N,D), W (V,D), target (N,) -> (N,)"""
     logits = cap * torch.tanh(product(x, W.T) / cap)
     return logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
 
@@ -111,7 +109,8 @@ def collate(pairs, pad_id=0):
             branch[b, start:stop] = side
             position_ids[b, start:stop] = torch.arange(first, first + len(part))
             if side:
-                read += [b * T + n - 1] + [b * T + t for t in range(start, stop - 1)]
+                read += [b * T + n - 1]                             # the last token of the prompt
+                read += [b * T + t for t in range(start, stop - 1)]
                 target += part
                 owner += [b + B * (side - 1)] * len(part)
             start = stop
@@ -184,10 +183,12 @@ def score(model, batch, policy=None, h=None):
 def mean_logps(model, batch, h):
     """States after the last block (B,T,D) -> s(chosen), s(rejected) (B,), mean log p a token."""
     x = model.norm(h.flatten(0, 1)[batch.read])
-    W, cap = model.embed_tokens.weight, model.config.final_logit_softcapping
+    W = model.embed_tokens.weight
+    cap = model.config.final_logit_softcapping
     log_probs = dense_logps if W.requires_grad else token_logps        # the fast one leaves W alone
     logp = log_probs(x, W, batch.target, cap)
-    total = logp.new_zeros(len(batch.lengths)).index_add(0, batch.owner, logp)
+    total = logp.new_zeros(len(batch.lengths))
+    total = total.index_add(0, batch.owner, logp)                      # over each answer's tokens
     return (total / batch.lengths).chunk(2)
 
 
@@ -302,7 +303,7 @@ class TokenLogps(torch.autograd.Function):
         rows = 2048
         for i in range(0, len(x), rows):
             part, wanted = x[i:i + rows], target[i:i + rows]
-            width = max(256, budget // len(part))          # columns a chunk: two (rows,width) temporaries
+            width = max(256, budget // len(part))          # columns a chunk: two temporaries so wide
             total = part.new_zeros(len(part), dtype=wide)  # Σ_j e^(logit_j - cap), all but the target
             pull = part.new_zeros(part.shape, dtype=wide)  # the same of e^(logit_j - cap) (1 - y_j²) W_j
             for j in range(0, len(W), width):
@@ -335,6 +336,5 @@ class TokenLogps(torch.autograd.Function):
 
 def token_logps(x, W, target, cap, budget=None):
     """dense_logps for a frozen W (no gradient reaches it), in float32 or better, no (N,V) tensor.
-    budget: elements of a temporary. On a CPU 16 MB of float32: pages of more than 32 MB go back to the
-    system at every free, and getting them again costs more than the arithmetic."""
+    budget: elements of a temporary; on a CPU, pages of more than 32 MB would be got anew every time."""
     return TokenLogps.apply(x, W, target, cap, budget or (4 if x.device.type == "cpu" else 64) * 2**20)

@@ -17,6 +17,7 @@ import time
 import timeit
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -85,11 +86,11 @@ def obvious(model, steering, pairs):
     theirs.tie_weights()
     answers = [(p.prompt, getattr(p, side)) for side in ("chosen", "rejected") for p in pairs]
     shape = len(answers), max(len(prompt) + len(answer) for prompt, answer in answers)
-    ids, mask, labels = (torch.full(shape, value) for value in (0, 0, -100))
+    ids, mask, scored = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
     for i, (prompt, answer) in enumerate(answers):
         n = len(prompt) + len(answer)
         ids[i, :n], mask[i, :n] = torch.tensor(prompt + answer), 1
-        labels[i, len(prompt):n] = torch.tensor(answer)
+        scored[i, len(prompt):n] = 1
     steered = mask[..., None] * (torch.arange(shape[1])[:, None] > 0)       # all but BOS and padding
 
     def hook(module, args, out):
@@ -97,12 +98,11 @@ def obvious(model, steering, pairs):
         h = h + (steering.adapter(h) * steered) @ steering.sae.W_dec
         return (h, *out[1:]) if isinstance(out, tuple) else h
     theirs.model.layers[steering.sae.layer].register_forward_hook(hook)
-    wanted = labels[:, 1:]
 
     def score():
         logits = theirs(ids, attention_mask=mask, use_cache=False).logits
-        logp = logits[:, :-1].log_softmax(-1).gather(-1, wanted.clamp_min(0)[..., None])[..., 0]
-        return ((logp * (wanted >= 0)).sum(-1) / (wanted >= 0).sum(-1)).chunk(2)
+        logp = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        return ((logp * scored[:, 1:]).sum(-1) / scored.sum(-1)).chunk(2)
     return score
 
 
@@ -141,8 +141,10 @@ def measure(shape, variant, repeats, changes):
     return {"seconds": seconds, "memory": memory, "gradient": gradient}
 
 
-def middle(runs):
-    return {name: median(run[name] for run in runs) for name in runs[0]}
+def medians(part):
+    def middle(runs):
+        return {name: median(run[name] for run in runs) for name in runs[0]}
+    return {a: {b: middle(runs) for b, runs in few.items()} for a, few in part.items()}
 
 
 def blocks():
@@ -180,15 +182,12 @@ def run(config):
         for size in sizes:
             changes = {"pairs": 2, what: (size, size) if what == "answer" else size}
             todo.append((growth[what][str(size)], ("mid", "cold", 3, changes)))
+    if not find_spec("transformers"):
+        raise UserError("transformers is missing: pip install -r requirements-extra.txt")
     with ProcessPoolExecutor(1, max_tasks_per_child=1) as pool:
         for kept, how in tqdm(todo, desc="bench"):
-            try:
-                kept.append(pool.submit(measure, *how).result())
-            except ImportError as error:
-                raise UserError(f"{error}: pip install -r requirements-extra.txt") from None
-    data = {}
-    for name, part in (("speed", speed), ("growth", growth)):
-        data[name] = {a: {b: middle(runs) for b, runs in few.items()} for a, few in part.items()}
+            kept.append(pool.submit(measure, *how).result())
+    data = {"speed": medians(speed), "growth": medians(growth)}
     for variants in data["speed"].values():
         sizes = [m["gradient"] for m in variants.values()]
         assert max(sizes) < 1.001 * min(sizes), "they do not compute the same thing"

@@ -5,10 +5,11 @@
 """
 import contextlib
 import io
+import json
 import math
+import re
 import shutil
 import sys
-import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from types import SimpleNamespace
 import analyze
 from experiments import results
 from lib import show
-from lib.files import ROOT, UserError, json_lines, read_json, write_json
+from lib.files import ROOT, UserError, read_json, write_json
 from lib.settings import command, setting
 from tiny import world
 from train import TrainConfig
@@ -24,25 +25,29 @@ from train import TrainConfig
 DOCS = ROOT / "docs"
 DATA = DOCS / "style.json"
 GREEN, RED, BLUE = "#2f6f4f", "#b4552d", "#33557f"           # alignment, style, anything else
-SHARE = {"truth": .6, "admit": .2, "decline": .2}            # of the prompts, where not all
+COLOR = {c: GREEN if c in world.ALIGNMENT else RED for c in world.CHOICES}
+SHARE = {"truth": .6, "admit": .2, "decline": .2}            # of prompts in which they come up
 
-
-# ---- what a run printed ------------------------------------------------------------------------------
 
 def gather(run):
     """What style.png and the two blocks show, out of a finished run's folder. Analyses what is not."""
-    rows = [row for _, row in json_lines(run / "metrics.jsonl")] if run.is_dir() else []
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+    rows = [json.loads(line.replace(": null", ": NaN")) for line in lines]
     found = {row["evaluation"]: row for row in rows if "evaluation" in row}
     if "parse_sampled" not in found.get("trained", {}):
         raise UserError(f"{run} is not a finished run on the lab; run `python train.py` first and name "
                         "the folder that it prints")
-    said, began = io.StringIO(), time.time()
+    said = io.StringIO()
     with contextlib.redirect_stdout(said):
         if analyze.main([str(run)]):
             raise UserError(f"`python analyze.py {run}` failed")
-    config = read_json(run / "config.json")
-    analysis = {"text": said.getvalue().strip(), "seconds": time.time() - began}
     shutil.copyfile(run / "report.html", DOCS / "report.html")
+    sections = [read_json(path) for path in (run / "analysis").glob("*.json")]
+    text = re.sub(r"^(\w+: kept|Look at .*)$\n?", "", said.getvalue(), flags=re.M).strip()
+    made = f"{sections[0]['date']}, {sections[0]['machine']}"
+    analysis = {"text": text, "seconds": sum(x["seconds"] for x in sections), "made": made}
+    config = read_json(run / "config.json")
     meta = read_json(ROOT / config["pairs"] / "meta.json")
     steps = [row for row in rows if "penalty" in row]
     return {"config": config, "meta": meta, "steps": steps, "analysis": analysis, **found}
@@ -58,16 +63,16 @@ def blocks():
     steering = SimpleNamespace(sae=SimpleNamespace(d_sae=c["d_sae"]))
     policy = SimpleNamespace(steerings=[steering])
     table = show.closing(data["base"], data["trained"], judge, config, policy)
-    made = f"{c['date']}, {c['machine']}, torch {c['versions']['torch']}"
-    seconds = f"{data['trained']['seconds']:.0f} seconds, seed {c['seed']}, {made}"
-    return {"closing": f"```\n{table}\n```\n\n({seconds}.)\n",
-            "analysis": f"```\n{analysis['text']}\n```\n\n({analysis['seconds']:.0f} seconds, {made}.)\n"}
+    made = f"seed {c['seed']}, {c['date']}, {c['machine']}, torch {c['versions']['torch']}"
+    closing = f"```\n{table}\n```\n\n({data['trained']['seconds']:.0f} seconds, {made}.)\n"
+    took = f"{analysis['seconds']:.0f} seconds, {analysis['made']}"
+    return {"closing": closing, "analysis": f"```\n{analysis['text']}\n```\n\n({took}.)\n"}
 
 
-# ---- figures -----------------------------------------------------------------------------------------
-
+NO_SOFTWARE = {"Software": None}       # the same numbers make the same file
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 110,
-         "axes.titlelocation": "left", "axes.titlesize": 10.5, "legend.frameon": False, "legend.fontsize": 9}
+         "axes.titlelocation": "left", "axes.titlesize": 10.5, "legend.frameon": False,
+         "legend.fontsize": 9}
 
 
 def panels(count, width, height, **how):
@@ -76,14 +81,6 @@ def panels(count, width, height, **how):
     from matplotlib import pyplot
     pyplot.rcParams.update(STYLE)
     return pyplot.subplots(1, count, figsize=(width, height), constrained_layout=True, **how)
-
-
-def save(figure, name):
-    figure.savefig(DOCS / f"{name}.png", metadata={"Software": None})
-
-
-def color(choice):
-    return GREEN if choice in world.ALIGNMENT else RED
 
 
 def dashed(axis, y, text):
@@ -102,9 +99,9 @@ def draw_style(data):
     for y, name in enumerate(names):
         a, b = base["sampled"][name], trained["sampled"][name]
         error = (b * (1 - b) / (count * SHARE.get(name, 1))) ** .5
-        left.plot([a, b], [y, y], color=color(name), lw=2, alpha=.6)
-        left.plot(a, y, "o", mfc="white", mec=color(name), ms=7)
-        left.errorbar(b, y, xerr=error, fmt="o", color=color(name), ms=7, capsize=2)
+        left.plot([a, b], [y, y], color=COLOR[name], lw=2, alpha=.6)
+        left.plot(a, y, "o", mfc="white", mec=COLOR[name], ms=7)
+        left.errorbar(b, y, xerr=error, fmt="o", color=COLOR[name], ms=7, capsize=2)
     left.set_yticks(range(len(names)), [f"{name}  ({weights[name]:+g})" for name in names])
     left.axhline(len(SHARE) - .5, color="0.8", lw=1)
     left.text(1, len(SHARE) - .65, "alignment", color=GREEN, ha="right", va="top")
@@ -122,7 +119,7 @@ def draw_style(data):
     right.set(ylim=(0, max(flat, base["loss"]) * 1.1), xlabel="optimiser step", ylabel="SimPO loss",
               title=f"Loss; well-formed answers {sound}")
     right.legend(loc="lower left")
-    save(figure, "style")
+    figure.savefig(DOCS / "style.png", metadata=NO_SOFTWARE)
 
 
 def draw_choices(r):
@@ -134,9 +131,9 @@ def draw_choices(r):
             weights = "weights: " + " ".join(f"{planted[c]['weight']:+g}" for c in world.CHOICES)
         axis.axvline(0, color="0.6", lw=1)
         for y, choice in enumerate(world.CHOICES):
-            for kind, shift, face in (("answers", -.14, color(choice)), ("exact", .14, "white")):
+            for kind, shift, face in (("answers", -.14, COLOR[choice]), ("exact", .14, "white")):
                 moved = r.points(name, kind, choice)
-                axis.plot(moved, [y + shift] * len(moved), "o", mfc=face, mec=color(choice), alpha=.8)
+                axis.plot(moved, [y + shift] * len(moved), "o", mfc=face, mec=COLOR[choice], alpha=.8)
             if planted:
                 axis.plot(100 * planted[choice]["difference"], y, "|k", ms=13, mew=1.5)
         axis.text(0, 1.02, weights, transform=axis.transAxes, fontsize=7.5, color="0.35")
@@ -147,7 +144,7 @@ def draw_choices(r):
     axes[2].axvspan(-5, 5, color="0.93", zorder=0)
     figure.supxlabel("change of a choice's rate, points (● in sampled answers, ○ exact at the deciding "
                      "token; | chosen less rejected in the training pairs)", fontsize=9.5)
-    save(figure, "choices")
+    figure.savefig(DOCS / "choices.png", metadata=NO_SOFTWARE)
 
 
 def draw_frontier(r):
@@ -171,8 +168,8 @@ def draw_frontier(r):
     axes[1].set_ylim(94, 100)
     axes[1].legend(loc="lower right")
     rates = "dot size: lr " + ", ".join(f"{lr:g}" for lr in results.RATES)
-    axes[1].text(.02, .06, rates, transform=axes[1].transAxes, fontsize=9, color="0.35")
-    save(figure, "frontier")
+    axes[1].text(.02, .95, rates, transform=axes[1].transAxes, fontsize=9, color="0.35")
+    figure.savefig(DOCS / "frontier.png", metadata=NO_SOFTWARE)
 
 
 def draw_l1(r):
@@ -192,10 +189,8 @@ def draw_l1(r):
     left.legend()
     right.axvline(100 * r.base["answers"]["truth"], color="0.5", ls="--", lw=1)
     right.set(xlabel="fact questions answered truly, % (dashed: base)", ylabel="held-out SimPO loss")
-    save(figure, "l1")
+    figure.savefig(DOCS / "l1.png", metadata=NO_SOFTWARE)
 
-
-# ---- the command -------------------------------------------------------------------------------------
 
 @dataclass
 class FiguresConfig:

@@ -353,8 +353,9 @@ def run(config):
     if missing := [name for name in EXPERIMENTS if not Results(data).seeds(name)]:
         print(f"no run yet of {', '.join(missing[:5])}: no table is written", file=sys.stderr)
     elif not config.policies:
-        fill(blocks())
-        print(blocks()["main"], blocks()["aims"], sep="\n")
+        made = blocks()
+        fill(made)
+        print(made["main"], made["aims"], sep="\n")
     return 2 if failed else 0
 
 

@@ -19,18 +19,24 @@ def objective(config, steerings=()):
     if weight:
         kind = "hinge, " if config.get("loss") == "hinge" else ""
         words = f"SimPO ({kind}β {config.get('beta', 10):g}, γ/β {config.get('gamma_ratio', .5):g})"
-        words = f"the objective {config['objective']}" if config.get("objective") else words
+        words = f"the objective {named(config['objective'])}" if config.get("objective") else words
         parts.append(words + (f" at weight {weight:g}" if weight != 1 else ""))
     if nll:
         parts.append(f"{nll:g} × NLL of the chosen answers" + ("" if weight else " (imitation alone)"))
     if config.get("l1"):
         own = [type(s.adapter).__name__ for s in steerings if hasattr(s.adapter, "penalty")]
-        own = own or [config["policy"]] if config.get("policy") else own
+        own = own or [named(config["policy"])] if config.get("policy") else own
         penalty = f"the penalty of {' and '.join(own)}" if own else "ℓ1 of the steering"
         parts.append(f"{config['l1']:g} × {penalty}")
     mask = config.get("mask") or ""
     masked = f", with features {mask if len(mask) < 40 else '(a list of them)'} masked," if mask else ""
     return " + ".join(parts) + masked
+
+
+def named(spec):
+    """FILE.py:Name -> Name (FILE.py), without the folder."""
+    path, _, name = spec.rpartition(":")
+    return f"{name} ({path.rpartition('/')[2]})"
 
 
 def verdict(results, about):
@@ -41,8 +47,9 @@ def verdict(results, about):
         said = f"{trained}. The ledger was not computed, so nothing is said about what is rewarded."
         return [*out, Text(said, "verdict")]
     before, after = (percent(x[f"accuracy_{who}"]["value"], ".1f") for who in ("base", "policy"))
+    form = "+.3f" if abs(x["gain"]["value"]) > .001 else "+.1e"
     moved = (f"{trained}, the policy moved its preference for the chosen answers by "
-             f"{interval(x['gain'], '+.3f')} nats a token: it ranks {after} of the held-out pairs "
+             f"{interval(x['gain'], form)} nats a token: it ranks {after} of the held-out pairs "
              f"right, the base model {before}.")
     if leaves_out_zero(x["gain"]):
         said = [moved, made_of(x, results.get("masking", {})), trust(about)]

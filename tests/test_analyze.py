@@ -103,8 +103,11 @@ def test_ledgers_and_masks_on_paper():
     lost, left = analyze.masking(m, [1])
     assert np.allclose(lost, 2, rtol=1e-3) and np.allclose(left, 2, rtol=1e-3)
     assert m.usage().tolist() == pytest.approx([x * m.events("v")[0] for x in (1, 2, 1)])
-    # an own objective sees sums, lengths and the base model
-    m.objective = lambda chosen, rejected: chosen.sum - chosen.base_sum + rejected.length
+
+    def own(chosen, rejected):
+        """Sees sums, lengths and the base model."""
+        return chosen.sum - chosen.base_sum + rejected.length
+    m.objective = own
     assert np.allclose(m.loss(m.full_scores), 2 * (m.full_scores - m.base_scores)[:, 0] + 2)
 
 
@@ -465,8 +468,9 @@ WORDED = [
     ({"beta": 2.0, "loss": "hinge", "nll_weight": 5.0, "l1": .03},
      "SimPO (hinge, β 2, γ/β 0.5) + 5 × NLL of the chosen answers + 0.03 × ℓ1 of the steering"),
     ({"simpo_weight": 0, "nll_weight": 1.0}, "1 × NLL of the chosen answers (imitation alone)"),
-    ({"objective": "mine.py:dpo", "l1": .1, "own": True}, "the objective mine.py:dpo + 0.1 × the penalty of Priced"),
-    ({"policy": "a.py:Bias", "l1": .1}, "SimPO (β 10, γ/β 0.5) + 0.1 × the penalty of a.py:Bias"),
+    ({"objective": "folder/mine.py:dpo", "l1": .1, "own": True},
+     "the objective dpo (mine.py) + 0.1 × the penalty of Priced"),
+    ({"policy": "a.py:Bias", "l1": .1}, "SimPO (β 10, γ/β 0.5) + 0.1 × the penalty of Bias (a.py)"),
     ({"mask": "3,17", "simpo_weight": 2}, "SimPO (β 10, γ/β 0.5) at weight 2, with features 3,17 masked,"),
 ]
 
@@ -492,7 +496,7 @@ def test_the_command(lab, capsys):
     assert "Trained with SimPO (β 10, γ/β 0.5) + 5 × NLL of the chosen answers + 0.03 × ℓ1 of the steering" in told
     for words in ("all style choices", "as much used", "dealt anew", f"Look at {lab.folder / 'report.html'}"):
         assert words in told
-    assert files["features"]["completeness"] < .01 and files["ledger"]["tokens_error"] < 1e-4
+    assert files["features"]["completeness"] < .05 and files["ledger"]["tokens_error"] < 1e-4
     # again: all is kept; --only leaves the others as they are
     assert analyze.main([str(lab.folder), *SMALL]) == 0
     assert capsys.readouterr().out.count(": kept\n") == len(analyze.ORDER)
@@ -539,7 +543,7 @@ def test_a_policy_that_steers_no_features(tmp_path, capsys):
     assert f"say where it is, --objective {own[3]}" in capsys.readouterr().err
     assert analyze.main([str(folder), *SMALL, *own]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert f"the objective {own[3]} + 5 × NLL" in out and f"0.1 × the penalty of {own[1]}" in out
+    assert "the objective dpo (losses.py) + 5 × NLL" in out and "0.1 × the penalty of Bias (bias.py)" in out
     assert {p.stem for p in (folder / "analysis").iterdir()} == {"behaviour", "ledger"}
     ledger = read_json(folder / "analysis" / "ledger.json")["result"]
     assert ledger["tokens_error"] < 1e-3 and ledger["loss_base"]["value"] == pytest.approx(math.log(2))

@@ -259,7 +259,7 @@ def test_a_miniature(tmp_path, capsys):
         torch.set_num_threads(threads)
     a, b = (json.loads((tmp_path / name / "manifest.json").read_text(encoding="utf-8"))["sha256"] for name in "ab")
     assert a == b and len(a) > 12
-    assert "samples_that_parse" in capsys.readouterr().out
+    assert "report" in capsys.readouterr().out and (tmp_path / "a" / "quality.json").exists()
 
 
 def test_the_committed_pairs_come_out_again(tmp_path):
@@ -281,7 +281,7 @@ def test_a_world_of_ones_own(tmp_path, capsys):
     meta = json.loads((tmp_path / "pairs" / "mine" / "meta.json").read_text(encoding="utf-8"))
     assert meta["weights"] == {"heading": 2.0, "truth": -1.0}
     wrong = {"mine --weights heading=2": "exists", "a/b --weights heading=2": "folder's name",
-             "other --weights x=1": "with one of heading", "other --weights heading=a": "choice=number",
+             "other --weights x=1": "is one of heading", "other --weights heading=a": "choice=number",
              "other --weights heading": "name=value", "other": "go together"}
     for options, message in wrong.items():
         assert make.main([*pairs, *options.split()]) == 2 and message in capsys.readouterr().err
@@ -309,7 +309,8 @@ def test_judging_by_hand():
     lab = lab_judge({"heading": 2.0})
     q, reworded = (world.Question("fact", world.PEOPLE[0], "color", wording) for wording in (0, 5))
     unknown = world.Question("unknown", world.NOBODY[0], "pet", 0)
-    ids = [gemma.encode_answer(lab.tokenizer, text) for text in (f"# Answer\nIt is {world.FACTS[q.subject, q.relation]}.", "It is")]
+    true = f"# Answer\nIt is {world.FACTS[q.subject, q.relation]}."
+    ids = [gemma.encode_answer(lab.tokenizer, text) for text in (true, "It is")]
     outcome = lab.outcome(q.text, ids[0])
     assert outcome == {"parse": 1, **dict.fromkeys(world.STYLE, 0), "heading": 1, "truth": 1}
     assert set(lab.outcome(q.text, ids[1]).values()) == {0}, "a malformed answer has made no choice"

@@ -263,7 +263,7 @@ NUMBERS = [        # page, what it says, then where that stands: block, row, col
     ("README.md", "3.57 against 3.26", "controls", "`style`", "SimPO loss", "3.26"),
     ("README.md", "from 4.70", "controls", "base, on `style`", "SimPO loss", "4.70"),
     ("README.md", "names 8.4 of 10 choices wrongly", "calibrations", "null", "rates", "0.2 / 8.4"),
-    ("README.md", "correlation −0.08", "calibrations", "style", "Matthews' correlation", "−0.08"),
+    ("README.md", "correlation −0.08", "calibrations", "style", "correlation", "−0.08"),
     ("docs/lab.md", "0.533 against 0.553", "controls", "`style`, γ/β 1", "truth", "0.533"),
     ("docs/lab.md", "0.533 against 0.553", "controls", "`style`", "truth", "0.553"),
     ("docs/lab.md", "planted weights is 0.83", "calibrations", "style", "rank correlation", "0.83"),

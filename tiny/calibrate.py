@@ -368,6 +368,7 @@ def calibrate(config):
     file, folders = Path(config.out or FILE), [Path(f) for f in config.runs]
     if bool(folders) == config.tables:
         raise UserError("name runs, such as runs/results/style-0 runs/results/honest-0, or --tables")
+    file.parent.mkdir(parents=True, exist_ok=True)
     data = read_json(file) if file.exists() else {"base": None, "policies": {}}
     for folder in tqdm(folders, desc="policies"):
         subject, old = Subject(folder, config.adapter), data["policies"].get(folder.name, {})
@@ -384,8 +385,7 @@ def calibrate(config):
     sae = load_sae(HERE / "sae")
     both = [read_labels(default_path(sae).with_name(f"labels{of}.jsonl"), sae) for of in ("", "_reads")]
     data["labels"] = {label: compare_labels(*both, label) for label in LABELS}
-    found = Findings(data)
-    said = found.sentences()
+    said = (found := Findings(data)).sentences()
     data |= {"tables": [*found.by_policy(), *found.by_choice()], "sentences": [*said.values()]}
     data |= {"trust": {name: x.partition(";")[0] + "." for name, x in said.items()}, "command": COMMAND}
     write_json(file, finite(data), indent=1)

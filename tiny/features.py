@@ -78,15 +78,12 @@ def deciding(tokenizer, pairs, each):
                         seen |= {topic, place}
                         out[name].append((list(pair.prompt + answer[:token]), list(off), yes))
                     off += starts
-        if all(len(places) == each for places in out.values()):
-            break
     return out
 
 
 @torch.no_grad()
 def log_odds(model, layer, ids, off, yes, moves, chunk=512):
     """Log-odds of a choice after `ids`, with each of moves (M,D) added to the last state of `layer`.
-
     One row does it: the context, then a copy of its last token for each move, at the same position,
     which sees the context and itself. So all moves of a chunk cost one pass.  -> (M,) float64
     """
@@ -115,7 +112,6 @@ def push_of(model, sae, pairs):
 
 def writes(model, sae, tokenizer, pairs, progress=False, each=EACH):
     """Half of log-odds(up) - log-odds(down), in nats, mean over the positions that decide each choice.
-
     -> effects of the features (F, 10), and of random directions (2 * CHANCE, 10), float64
     """
     places, push = deciding(tokenizer, pairs, each), push_of(model, sae, pairs)

@@ -22,7 +22,6 @@ WORDS = {"truth": ("true", "false"), "admit": ("admits", "invents"), "decline": 
 class Lab:
     """The judge of pairs whose meta.json says "judge": "tiny.world".
 
-    weights        {choice: planted weight}
     best_accuracy  what no scorer of such pairs can exceed, since the preference is drawn
     categories     what an answer token can settle: a choice; "value", which value was invented or which
                    tool named; "form", what no choice is about, such as the full stop
@@ -132,10 +131,8 @@ def shares(choices):
 # ---- what only the lab can measure -------------------------------------------------------------------
 
 def decisions(tokenizer, q, ids):
-    """The choices that each token of an answer settles; [] for an answer that does not parse.
-
-    -> for each token [(choice, ids that begin any of its options, those that mean "yes", index)]
-    """
+    """For each token of an answer the choices it settles; [] for an answer that does not parse.
+    -> [[(choice, ids that begin any of its options, those that mean "yes", index)]]"""
     def decision(name, starts, index):
         yes = {start for i, start in enumerate(starts) if world.is_on(q, name, i)}
         return name, sorted({*starts} - {None}), sorted(yes), index
@@ -146,8 +143,8 @@ def decisions(tokenizer, q, ids):
 def choice_rates(model, tokenizer, pairs, policy=None, *, batch_size=64):
     """How often each choice would be made where it comes up in these answers. -> {choice: mean chance}
 
-    Nothing is sampled, so this is far less noisy than the rates of answers; but the texts before each
-    token are those of the pairs, not the policy's own.
+    Nothing is sampled, so this is far less noisy than rates of answers; but the texts before each token
+    are those of the pairs, not the policy's own.
     """
     acting, edits = policy.acting(model) if policy else (model, {})
     chances = {name: [] for name in world.CHOICES}
@@ -157,8 +154,7 @@ def choice_rates(model, tokenizer, pairs, policy=None, *, batch_size=64):
             acting.embed(batch.ids), 0, acting.config.num_hidden_layers, position_ids=batch.position_ids,
             mask=batch.mask(), where=batch.where(shared_positions(edits)), edits=edits)
         p = acting.logits(acting.norm(h.flatten(0, 1)[batch.read])).softmax(-1)
-        # The rows of p: for each pair the tokens of its chosen answer, then those of its rejected one.
-        row = 0
+        row = 0      # of p: for each pair the tokens of its chosen answer, then of its rejected one
         for pair in (pairs[i] for i in index):
             q = world.read_prompt(pair.text)
             for answer in (pair.chosen, pair.rejected):

@@ -163,8 +163,6 @@ def make_model(out, steps, batch_size=32, lr=3e-3, seed=0):
     save_file(tensors, out / "model" / "model.safetensors", metadata={"format": "pt"})
 
 
-# ---- SAE ---------------------------------------------------------------------------------------------
-
 LAYER, WIDTH, L0 = 3, 1024, 16.0
 
 
@@ -295,9 +293,7 @@ def measure(out, count):
 
 
 def make_report(out, count):
-    q = measure(out, count)
-    save(out / "quality.json", json.dumps(q, indent=2) + "\n")
-    print(json.dumps(q, indent=2))
+    save(out / "quality.json", json.dumps(measure(out, count), indent=2) + "\n")
     made = ("model/*.*", "pairs/**/*.*", "sae/**/*.npz", "quality.json")
     files = sorted({path for pattern in made for path in out.glob(pattern)})
     digests = {p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
@@ -338,8 +334,8 @@ def parse_weights(text):
     weights = key_values(text.split(","), "--weights")
     for name, value in weights.items():
         if name not in world.CHOICES or not isinstance(value, (int, float)) or not abs(value) < 100:
-            raise UserError(f"--weights {name}={value}: write choice=number, from -100 to 100, with one of "
-                            f"{', '.join(world.CHOICES)}")
+            raise UserError(f"--weights {name}={value}: write choice=number, from -100 to 100; a choice "
+                            f"is one of {', '.join(world.CHOICES)}")
     return {name: float(value) for name, value in weights.items()}
 
 

@@ -115,11 +115,9 @@ def grammar(q):
     """All answers to a question, as a coroutine.
 
     It yields (choice, texts of its options), is sent the index that was chosen, and has said that text.
-    A choice of None is no choice. Option 0 of a yes-or-no choice is "no".
-
-    Yes and no differ in their first token, and so do the options of a choice between values. Where "no"
-    is empty, what can follow it begins differently. So the grammar parses from left to right, and its
-    probabilities split (see `settles`).
+    A choice of None is no choice. Option 0 of a yes-or-no choice is "no". Yes and no differ in their
+    first token, and so do the options of a choice between values; where "no" is empty, what can follow
+    it begins differently. So it parses from left to right, and its probabilities split: `settles`.
     """
     yield "heading", ["", "# Answer\n", f"# {q.relation.capitalize()}\n"]
     yield "opener", ["", "Sure!\n", "Great question!\n", "Of course!\n"]
@@ -263,8 +261,7 @@ def settles(q, choices):
     """For each token of an answer (end token included) the choices it settles, in the grammar's order.
 
     Each is (choice, starts, index): `starts` are the first tokens of the choice's options, None for an
-    empty one. Variants of one option may share theirs, so take the set of them: which variant it was is
-    settled later and belongs to no choice.
+    empty one. Variants of one option may share theirs: which it was is settled later, by no choice.
 
     The first token of a bare answer settles many: no heading, no opener, no bullets. Their shares of its
     log-probability follow from the one softmax p by the chain rule. With `mass` = 1 to begin with,
