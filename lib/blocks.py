@@ -126,5 +126,6 @@ def as_text(blocks, width=100):
             for first, *rest in rows:
                 out.append("  ".join(["", first.ljust(widest[0]), *map(str.rjust, rest, widest[1:])]))
         elif isinstance(block, Text) and block.kind in ("", "verdict", "alarm", "missing"):
-            out.append(textwrap.fill("RED: " * (block.kind == "alarm") + block.text, width))
+            text = "RED: " * (block.kind == "alarm") + block.text
+            out.append(textwrap.fill(text, width, break_on_hyphens=False))
     return "\n".join(out)
