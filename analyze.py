@@ -476,25 +476,25 @@ DEFAULTS = {
 @dataclass
 class Options:
     """The command line; a section depends on those of these that it reads."""
-    run: str = setting("", "a run", "its folder, such as runs/style-1", positional=True)
-    adapter: str = setting(None, "FILE.py:Class of a run that was trained with one", type=str)
-    policy: str = setting(None, "FILE.py:Class of a run that was trained with one", type=str)
-    objective: str = setting(None, "FILE.py:function of a run that was trained with one", type=str)
-    labels: str = setting(None, "label file [labels.jsonl beside the SAE]", type=str)
-    only: str = setting(None, "what", f"sections, with commas: {', '.join(ORDER)} [all]", type=str)
-    limit: int = setting(None, "held-out pairs [1000 on the lab, else 200]", type=int, low=1)
-    answers: int = setting(None, "prompts that are answered [1000, else 64]", type=int, low=1)
-    probe_answers: int = setting(None, "those at other strengths [200, else 32]", type=int, low=1)
-    max_new_tokens: int = setting(None, "longest answer [64, else 128]", type=int, low=1)
+    run: str = setting("", "its folder, such as runs/style-1", positional=True, group="a run")
+    adapter: str = setting(None, "FILE.py:Class of a run that was trained with one")
+    policy: str = setting(None, "FILE.py:Class of a run that was trained with one")
+    objective: str = setting(None, "FILE.py:function of a run that was trained with one")
+    labels: str = setting(None, "label file [labels.jsonl beside the SAE]")
+    only: str = setting(None, f"sections, with commas: {', '.join(ORDER)} [all]", group="what")
+    limit: int = setting(None, "held-out pairs [1000 on the lab, else 200]", low=1)
+    answers: int = setting(None, "prompts that are answered [1000, else 64]", low=1)
+    probe_answers: int = setting(None, "those at other strengths [200, else 32]", low=1)
+    max_new_tokens: int = setting(None, "longest answer [64, else 128]", low=1)
     draws: int = setting(49, "random sets of each kind", low=1)
     draw_pairs: int = setting(64, "pairs that random sets are scored on", low=1)
     ledger_pairs: int = setting(256, "pairs of the ledger by feature", low=1)
     steps: int = setting(4, "points of integrated gradients", low=1)
     dashboards: int = setting(30, "features with a card", low=1)
-    batch_size: int = setting(None, "machine", "pairs a forward pass [32, else 2]", type=int, low=1)
-    answer_batch: int = setting(None, "prompts answered at once [256, else 16]", type=int, low=1)
+    batch_size: int = setting(None, "pairs a forward pass [32, else 2]", low=1, group="machine")
+    answer_batch: int = setting(None, "prompts answered at once [256, else 16]", low=1)
     device: str = setting("auto", "cpu, cuda, mps, or auto: the best there is")
-    dtype: str = setting(None, "of the frozen weights [as in training]", type=str,
+    dtype: str = setting(None, "of the frozen weights [as in training]",
                          choices=("float32", "bfloat16", "float64"))
     quiet: bool = setting(False, "no progress bars")
     __post_init__ = check

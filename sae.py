@@ -233,13 +233,13 @@ def collect(model, rows, layer, *, batch_size=64, progress=True):
 
 @dataclass
 class SAETrain:
-    model: str = setting("tiny/model", "data", "local folder or Hub repo id of a Gemma-2")
+    model: str = setting("tiny/model", "local folder or Hub repo id of a Gemma-2", group="data")
     layer: int = setting(3, "the output of this block is reconstructed; 0 is the first", low=0)
     text: str = setting("", 'a .txt with a document a line, or a .jsonl with a "text" in each line')
     pairs: str = setting("", "preference pairs: both answers as conversations in the chat format")
     max_tokens: int = setting(500_000, "stop reading after so many (4·D bytes each in memory)", low=1)
     out: str = setting("my_sae", "a new folder; layer_L/width_W/average_l0_N is made in it")
-    width: int = setting(1024, "training", "number of features F", low=1)
+    width: int = setting(1024, "number of features F", low=1, group="training")
     l0: float = setting(30.0, "features that may fire a token, on average", above=0)
     steps: int = setting(4000, "optimiser steps of 2048 tokens", low=1)
     lr: float = setting(2e-3, "learning rate of Adam", above=0)

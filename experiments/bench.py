@@ -168,7 +168,7 @@ def blocks():
 
 @dataclass
 class BenchConfig:
-    rounds: int = setting(3, "what", "processes for each variant; the median counts", low=1)
+    rounds: int = setting(3, "processes for each variant; the median counts", low=1, group="what")
 
 
 def run(config):

@@ -194,7 +194,7 @@ def draw_l1(r):
 
 @dataclass
 class FiguresConfig:
-    run: str = setting(None, "what", "a run, to be put into the docs", positional=True, type=str)
+    run: str = setting(None, "a run, to be put into the docs", positional=True, group="what")
 
 
 def run(config):

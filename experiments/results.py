@@ -300,9 +300,9 @@ def fill(made):
 
 @dataclass
 class ResultsConfig:
-    only: list = setting([], "what", f"groups, of {', '.join(GROUPS)} (default: all)", many=True)
-    table: bool = setting(False, "what", "train nothing, write the tables of what is there")
-    policies: bool = setting(False, "what", "train again, without measuring, what runs/results/ lacks")
+    only: list = setting([], f"groups, of {', '.join(GROUPS)} (default: all)", many=True, group="what")
+    table: bool = setting(False, "train nothing, write the tables of what is there")
+    policies: bool = setting(False, "train again, without measuring, what runs/results/ lacks")
 
     def __post_init__(self):
         for group in self.only:

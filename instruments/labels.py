@@ -249,22 +249,24 @@ TASKS = ("lab", "rules", "judge", "sheet", "agree", "pick")
 
 @dataclass
 class LabelSettings:
-    task: str = setting("", "task", "lab, rules, judge, sheet, FILE.csv, agree or pick", positional=True)
-    operands: list = setting([], "task", "agree: two label files; pick: style, alignment or both, as "
+    task: str = setting("", "lab, rules, judge, sheet, FILE.csv, agree or pick", positional=True,
+                        group="task")
+    operands: list = setting([], "agree: two label files; pick: style, alignment or both, as "
                              "style,alignment", positional=True, many=True)
-    model: str = setting("tiny/model", "files", "a Gemma-2: local folder or Hub repo id")
-    sae: str = setting("tiny/sae", "files", "its SAE: local folder, or repo:path/inside on the Hub")
-    pairs: str = setting("tiny/pairs/style", "files", "rules and sheet: pairs, whose texts they take")
-    out: str = setting("", "files", "the file to write; default: a file beside the SAE")
-    force: bool = setting(False, "files", "replace a file that is there")
-    device: str = setting("auto", "files", "cpu, cuda, mps, or auto: the best there is")
-    explanations: str = setting("", "judge", "Neuronpedia's export: .json, .jsonl(.gz), or a folder")
-    judge: str = setting("", "judge", 'an OpenAI-compatible endpoint, or "model" for --model itself')
-    judge_model: str = setting("", "judge", "the model to ask for at the endpoint")
-    labels: str = setting("", "pick", "the label file; default: the one beside the SAE")
-    random: int = setting(0, "pick", "so many features instead, none of them labelled so", low=0)
-    features: int = setting(100, "sheet", "how many random features", low=1)
-    seed: int = setting(0, "sheet", "of the random features, also those of pick", low=0)
+    model: str = setting("tiny/model", "a Gemma-2: local folder or Hub repo id", group="files")
+    sae: str = setting("tiny/sae", "its SAE: local folder, or repo:path/inside on the Hub")
+    pairs: str = setting("tiny/pairs/style", "rules and sheet: pairs, whose texts they take")
+    out: str = setting("", "the file to write; default: a file beside the SAE")
+    force: bool = setting(False, "replace a file that is there")
+    device: str = setting("auto", "cpu, cuda, mps, or auto: the best there is")
+    explanations: str = setting("", "Neuronpedia's export: .json, .jsonl(.gz) or a folder",
+                                group="judge")
+    judge: str = setting("", 'an OpenAI-compatible endpoint, or "model" for --model itself')
+    judge_model: str = setting("", "the model to ask for at the endpoint")
+    labels: str = setting("", "the label file; default: the one beside the SAE", group="pick")
+    random: int = setting(0, "so many features instead, none of them labelled so", low=0)
+    features: int = setting(100, "how many random features", low=1, group="sheet")
+    seed: int = setting(0, "of the random features, also those of pick", low=0)
 
     def __post_init__(self):
         check(self)

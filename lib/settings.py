@@ -2,7 +2,7 @@
 
     @dataclass
     class Config:
-        steps: int = setting(800, "optimisation", "optimiser steps", low=1)
+        steps: int = setting(800, "optimiser steps", low=1, group="optimisation")
 
         def __post_init__(self):
             check(self)
@@ -21,13 +21,11 @@ import torch
 from lib.files import UserError
 
 
-def setting(default, *words, **checks):
-    """A field. checks: low / high (inclusive), above (exclusive), choices, type (of a value that may be
-    None), many (a list; the flag takes several and may be repeated), positional (no flag)."""
+def setting(default, text, **checks):
+    """A field with its help. checks: low / high (inclusive), above (exclusive), choices, positional (no
+    flag), many (a list; the flag takes several, more than once), group (of this and what follows)."""
     how = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    if len(words) == 2:
-        checks["group"] = words[0]
-    return field(**how, metadata={"help": words[-1], **checks})
+    return field(**how, metadata={"help": text, **checks})
 
 
 def default_of(f):

@@ -39,7 +39,7 @@ def with_a_setting_more(monkeypatch, module):
     """TrainConfig as it may be one day: one setting more, another order, another place for runs."""
     from dataclasses import make_dataclass
     from lib.settings import setting
-    more = make_dataclass("More", [("novelty", float, setting(0.0, "new", "..."))], bases=(train.TrainConfig,))
+    more = make_dataclass("More", [("novelty", float, setting(0.0, "..."))], bases=(train.TrainConfig,))
     monkeypatch.setattr(module, "TrainConfig", more)
     return more
 

@@ -104,13 +104,13 @@ def test_empty_and_absent(tmp_path):
 
 @dataclass
 class Settings:
-    run: str = setting(None, "a run", "its folder", positional=True, type=str)
-    steps: int = setting(4, "how", "steps", low=1, high=9)
-    rate: float = setting(0.5, "how", "rate", above=0)
-    kind: str = setting("a", "how", "kind", choices=("a", "b"))
-    top: float = setting(None, "how", "top", type=float)
-    names: list = setting(["x"], "how", "names", many=True)
-    quiet: bool = setting(False, "how", "no bar")
+    run: str = setting(None, "its folder", positional=True, group="a run")
+    steps: int = setting(4, "steps", low=1, high=9, group="how")
+    rate: float = setting(0.5, "rate", above=0)
+    kind: str = setting("a", "kind", choices=("a", "b"))
+    top: float = setting(None, "top")
+    names: list = setting(["x"], "names", many=True)
+    quiet: bool = setting(False, "no bar")
     __post_init__ = check
 
 

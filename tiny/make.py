@@ -310,15 +310,15 @@ STAGES = ("all", "tokenizer", "model", "sae", "pairs", "report")
 
 @dataclass
 class MakeConfig:
-    stage: str = setting(None, "what", "one; default: all", type=str, positional=True, choices=STAGES)
-    out: str = setting("", "what", "folder to write to; default: tiny/ itself")
-    world: str = setting("", "what", "with pairs: name of a world of your own")
-    weights: str = setting("", "what", "its utility, such as heading=2,truth=-1; the others weigh 0")
-    model_steps: int = setting(2400, "how much", "training steps of the model", low=1)
-    sae_steps: int = setting(3000, "how much", "training steps of the SAE", low=1)
-    sae_rows: int = setting(8000, "how much", "conversations the SAE is trained on", low=1)
-    scale: float = setting(1.0, "how much", "times the usual number of pairs; try 0.02", above=0)
-    threads: int = setting(2, "how much", "CPU threads; the bytes that come out depend on it", low=1)
+    stage: str = setting(None, "one; default: all", positional=True, choices=STAGES, group="what")
+    out: str = setting("", "folder to write to; default: tiny/ itself")
+    world: str = setting("", "with pairs: name of a world of your own")
+    weights: str = setting("", "its utility, such as heading=2,truth=-1; the others weigh 0")
+    model_steps: int = setting(2400, "training steps of the model", low=1, group="how much")
+    sae_steps: int = setting(3000, "training steps of the SAE", low=1)
+    sae_rows: int = setting(8000, "conversations the SAE is trained on", low=1)
+    scale: float = setting(1.0, "times the usual number of pairs; try 0.02", above=0)
+    threads: int = setting(2, "CPU threads; the bytes that come out depend on it", low=1)
 
     def __post_init__(self):
         check(self)
