@@ -281,6 +281,23 @@ def test_numbers_in_the_text(page, says, block, row, column, cell):
     assert any(text.startswith(cell) for text in cells(block, row, column))
 
 
+PRINTED = [        # page, what it says, what analyze.py printed
+    ("README.md", "84% [75, 101]", r"style: lost when masked +135 +73% +\S+ \[\S+ \S+ +84% \[75, 101\]"),
+    ("README.md", "costs 81% [71, 91]", r"as much used, at random +625 +75% +81% \[71, 91\]"),
+    ("docs/analysis.md", "22% against 84%", r"as many at random +135 +17% +22% \["),
+    ("docs/analysis.md", "has 73% [69, 78]", r"style +\+0.1453 \[\S+ \S+ +73% \[69, 78\]"),
+    ("docs/analysis.md", "keeps 42% of its gain, and with eight 90%", r"first 2 bring 42% of the gain.*and 8 bring 90%"),
+    ("docs/analysis.md", "Two directions hold 90%", r"\n2 directions hold 90%"),
+    ("docs/lab.md", "answers 55.6% truly", r"truth +\+0.5 +576 +55.6%"),
+]
+
+
+@pytest.mark.parametrize(("page", "says", "printed"), PRINTED)
+def test_numbers_of_the_printed_analysis(page, says, printed):
+    block = re.search(r"<!-- analysis -->\n(.*?)<!-- /analysis -->", PAGES["docs/analysis.md"], re.S)[1]
+    assert says in " ".join(PAGES[page].split()) and re.search(printed, block, re.S)
+
+
 def test_the_fall_of_decline():
     """23.7 points at γ/β 0.5, 17.3 at γ/β 1, by the exact measure: the objective is about a quarter of it."""
     r = results.Results(json.loads(results.DATA.read_text(encoding="utf-8")))
