@@ -33,10 +33,11 @@ import fsrl
 import simpo
 from lib.blocks import Figures, Forest, Table, Text, as_text, group_of, interval, number, percent
 from lib.counts import Counts, Sparse, widest
-from lib.files import ROOT, UserError, import_from, short_digest
+from lib.files import ROOT, UserError
 from lib.judge import judge_of
 from lib.labels import groups
 from lib.pairs import read_held_out
+from lib.plugins import own_objective
 from lib.sections import Section, about_run, chosen, identity_of, labels_of, missing, results
 from lib.settings import check, command, setting
 from lib.stats import FEWEST, leaves_out_zero, number_equal
@@ -531,7 +532,7 @@ def open_run(o):
     if config.get("objective") and not o.objective:
         raise UserError(f"{o.run} was trained with an objective of its user's: say where it is, "
                         f"--objective {config['objective']}")
-    objective = import_from(o.objective, "--objective") if o.objective else None
+    objective = own_objective(o.objective) if o.objective else None
     labels = labels_of(run.policy, o.labels)
     records = read_held_out(config["pairs"], config.get("eval_split", "test"), o.limit)
     length = config.get("max_length", 2048)

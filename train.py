@@ -7,7 +7,7 @@ printed, and the plumbing that opens what the settings name.
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -122,7 +122,7 @@ class TrainConfig:
 
 # ---- what is minimised -----------------------------------------------------------------------------
 
-def objective(scored, batch, config, l1, length, own=None):
+def objective(scored, config, l1, length, own=None):
     """The terms of the training loss, each (B,), and what the log shows.
 
     -> preference, side terms (penalty and imitation), {name: (B,)}
@@ -134,7 +134,7 @@ def objective(scored, batch, config, l1, length, own=None):
     """
     chosen, rejected = scored.chosen, scored.rejected
     # what the policy should learn, and what keeps it small and its text whole
-    loss = simpo.preference_loss(chosen, rejected, asdict(config), own)
+    loss = simpo.preference_loss(chosen, rejected, vars(config), own)
     penalty = l1 * scored.penalty                          # Σ|v|, or what the adapter says instead
     nll = -chosen.sum / length
     side = penalty + config.nll_weight * nll if config.nll_weight else penalty
@@ -260,7 +260,7 @@ def train(config):
             scored = simpo.score(model, batch, policy, h)
             if own:                                     # it may ask what the base model says
                 scored = simpo.with_base(scored, kept_means(model, batch, part, kept_base))
-            preference, side, shown = objective(scored, batch, config, l1, length, own)
+            preference, side, shown = objective(scored, config, l1, length, own)
             if step == min(50, config.steps) - 1 and i == 0:     # once: two gradients more
                 for text in show.early_warnings(preference, side, shown, parameters):
                     bar.write(text)
@@ -324,7 +324,7 @@ def measure(model, tokenizer, pairs, policy, judge, config, own=None):
     kinds = {"greedy": 0.0, "sampled": 1.0} if known else {"sampled": 1.0}
     with tqdm(total=len(pairs) + len(kinds) * len(asked), desc="evaluate", leave=False) as bar:
         # likelihoods of the pairs' own answers
-        m = simpo.evaluate(model, pairs, policy, config=asdict(config), objective=own,
+        m = simpo.evaluate(model, pairs, policy, config=vars(config), objective=own,
                            progress=bar.update)
         # answers of its own: a good loss can belong to broken text
         for kind, temperature in kinds.items():

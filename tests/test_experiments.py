@@ -1,6 +1,7 @@
 """experiments/: a run is found by what makes it, what is measured ends in the pages, the commands run."""
 import json
 import sys
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -12,6 +13,27 @@ from experiments import bench, figures, lab, results
 from lib.files import read_json
 from sae import load_sae
 from tiny import make
+
+
+class InTurn:
+    """A pool of this very process."""
+
+    def __init__(self, *how, **more):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *how):
+        pass
+
+    def submit(self, work, *given):
+        future = Future()
+        try:
+            future.set_result(work(*given))
+        except RuntimeError as error:
+            future.set_exception(error)
+        return future
 
 
 @pytest.fixture(autouse=True)
@@ -118,26 +140,6 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     lost = data["runs"].pop(results.key("wide", 1))
     results.DATA.write_text(json.dumps(data), encoding="utf-8")
 
-    class InTurn:
-        """A pool of this very process."""
-        def __init__(self, *how, **more):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *how):
-            pass
-
-        def submit(self, work, *given):
-            from concurrent.futures import Future
-            future = Future()
-            try:
-                future.set_result(work(*given))
-            except RuntimeError as error:
-                future.set_exception(error)
-            return future
-
     def fails(run, how):
         raise RuntimeError("no memory")
 
@@ -233,22 +235,13 @@ def test_bench_command(tmp_path, monkeypatch, capsys):
     pytest.importorskip("transformers")
     asked = []
 
-    class Pool:
-        def __init__(self, *how, **more):
-            pass
+    def measured(shape, variant, repeats, changes):
+        asked.append((shape, variant, changes))
+        return {"seconds": {"obvious": 2.0}.get(variant, 0.5), "memory": 2**20, "gradient": 1.0}
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *how):
-            pass
-
-        def submit(self, work, shape, variant, repeats, changes):
-            from concurrent.futures import Future
-            asked.append((shape, variant, changes))
-            future = Future()
-            future.set_result({"seconds": {"obvious": 2.0}.get(variant, 0.5), "memory": 2**20, "gradient": 1.0})
-            return future
+    class Pool(InTurn):
+        def submit(self, work, *given):
+            return super().submit(measured, *given)
     monkeypatch.setattr(bench, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(bench, "DATA", tmp_path / "bench.json")
     monkeypatch.setattr(results, "PAGES", [])

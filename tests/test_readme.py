@@ -242,7 +242,7 @@ def test_the_tables_are_what_was_measured():
 
 def test_the_runs_have_the_defaults_in_force():
     data = json.loads(figures.DATA.read_text(encoding="utf-8"))
-    defaults = train.asdict(train.TrainConfig())
+    defaults = vars(train.TrainConfig())
     ours = {k: v for k, v in defaults.items() if k not in ("device", "dtype")}
     assert {k: data["config"].get(k, v) for k, v in ours.items()} == ours
 

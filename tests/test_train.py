@@ -635,7 +635,7 @@ def test_nll_is_a_mean_over_tokens(module):
     length = sum(len(p.chosen) for p in pairs) / len(pairs)
     with torch.no_grad():
         s = simpo.score(model, simpo.collate(pairs), fsrl.Steering(sae, fsrl.Adapter(sae.d_in, sae.d_sae)))
-        preference, side, shown = m.objective(s, None, TrainConfig(nll_weight=2.0, simpo_weight=0.3), 0.1, length)
+        preference, side, shown = m.objective(s, TrainConfig(nll_weight=2.0, simpo_weight=0.3), 0.1, length)
     logp = -shown["nll"] * torch.tensor([float(len(p.chosen)) for p in pairs])
     by_token = -logp.sum() / sum(len(p.chosen) for p in pairs)
     nll = (side - shown["penalty"]).mean() / 2.0
