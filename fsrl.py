@@ -77,7 +77,7 @@ class Adapter(nn.Module):
             v = jumprelu(p, self.log_threshold.exp(), self.bandwidth)
         else:
             sign = p.detach().sign()        # |p| is sign · p, and the sign has no gradient
-            v = sign * (sign * p - self.soft_threshold).relu_()
+            v = sign * (sign * p).sub_(self.soft_threshold).relu_()
         return v if self.steering_magnitude is None else v * self.steering_magnitude.clamp(0, 1)
 
     @torch.no_grad()
