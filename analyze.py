@@ -31,7 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import fsrl
 import simpo
-from lib.blocks import Figures, Forest, Table, Text, as_text, group_of, interval, number, percent
+from lib.blocks import Table, Text, as_text, group_of, interval, number, percent
 from lib.counts import Counts, Sparse, widest
 from lib.files import ROOT, UserError
 from lib.judge import judge_of
@@ -130,10 +130,8 @@ def split_margins(model, r, h, split):
 
 # ---- the ledger by feature -------------------------------------------------------------------------
 
-def integrated(m, r, steps, kinds=None):
-    """What each entry of r.v did for its pair's margin. -> (entries, K)
-
-    kinds (C,K): which categories of tokens count for each of K margins; None: all for a single one.
+def integrated(m, r, steps):
+    """What each entry of r.v did for its pair's margin. -> (entries,)
 
     Integrated gradients (Sundararajan et al. 2017) from the base model to the policy: v stays what it
     is, its scale goes from 0 to 1. With G the mean over that path of the gradient of a margin towards
@@ -141,49 +139,36 @@ def integrated(m, r, steps, kinds=None):
     the points integrate (Gauss-Legendre).
     """
     points, weights = np.polynomial.legendre.leggauss(steps)                # on [-1, 1]
-    split, delta = split_of(m, r), m.delta(r)
-    kinds = torch.ones(split.shape[1], 1) if kinds is None else kinds
-    kinds = kinds.to(split.weight)
+    delta = m.delta(r)
     wide = torch.promote_types(torch.float32, delta.dtype)
-    pull = 0.0                                                              # G, (K,N,S*D)
+    pull = 0.0                                                              # G, (N,S*D)
     for scale, weight in zip((points + 1) / 2, weights / 2):
         scaled = (delta * float(scale)).requires_grad_(True)
-        margins = split_margins(m.model, r, m.above(r, scaled), split) @ kinds
-        towards = [torch.autograd.grad(x, scaled, retain_graph=True)[0] for x in margins.sum(0)]
-        pull = pull + float(weight) * torch.stack(towards).to(wide)
+        chosen, rejected = simpo.mean_logps(m.model, r.batch, m.above(r, scaled))
+        towards, = torch.autograd.grad((chosen - rejected).sum(), scaled)
+        pull = pull + float(weight) * towards.to(wide)
     # Each entry against G at its own bag: a token, at one steered layer.
-    pull = pull.view(len(pull), -1, m.directions.shape[1])                  # (K,N*S,D)
-    out = pull.new_empty(len(r.v.value), len(pull))
+    pull = pull.view(-1, m.directions.shape[1])                             # (N*S,D)
+    out = pull.new_empty(len(r.v.value))
     for some in torch.arange(len(out), device=delta.device).split(2**13):
         d = m.directions[r.v.feature[some]].to(wide)
-        effect = torch.einsum("nd,knd->nk", d, pull[:, r.v.bag[some]])
-        out[some] = r.v.value[some, None] * effect
+        out[some] = r.v.value[some] * (d * pull[r.v.bag[some]]).sum(-1)
     return out
 
 
-def feature_ledger(m, rows, steps, group, kinds=None):
-    """Integrated gradients of the n pairs in `rows`, summed up three ways. group (F,): of each feature
-
-    -> by feature (n,F); by region of the row (n,3); by group and kind of token (n,groups,K)
-    """
+def feature_ledger(m, rows, steps):
+    """Integrated gradients of the n pairs in `rows`. -> by feature (n,F); by region of the row (n,3)"""
     parts = []
     for r in m.bar(rows, "ledger, features"):
-        nats = integrated(m, r, steps, kinds).cpu().double()
-        whole = nats.sum(1)
-        feature, token = r.v.feature.cpu(), r.v.token.cpu()
-        row = r.row.cpu()[token]
-        region = r.branch.cpu()[token]
+        nats = integrated(m, r, steps).cpu().double()
+        token = r.v.token.cpu()
+        row, region = r.row.cpu()[token], r.branch.cpu()[token]
 
-        def sums(which, count, values):
-            """Σ of the values of each pair's entries with equal `which`. -> (B,count,...)"""
-            shape = len(r.index) * count, *values.shape[1:]
-            out = torch.zeros(shape, dtype=torch.float64)
-            out.index_add_(0, row * count + which, values)
-            return out.view(-1, count, *shape[1:]).numpy()
-        by_feature = sums(feature, m.d_sae, whole)
-        by_region = sums(region, len(REGIONS), whole)
-        by_group = sums(group[feature], int(group.max()) + 1, nats)
-        parts.append((by_feature, by_region, by_group))
+        def sums(which, count):
+            """Σ of each pair's entries with equal `which`. -> (B,count)"""
+            out = torch.zeros(len(r.index) * count, dtype=torch.float64)
+            return out.index_add_(0, row * count + which, nats).view(-1, count).numpy()
+        parts.append((sums(r.v.feature.cpu(), m.d_sae), sums(region, len(REGIONS))))
     return [np.concatenate(part) for part in zip(*parts)]
 
 
@@ -435,14 +420,13 @@ def lack(sums, gain):
 def describe_ledger(x, about):
     """x: what `ledger` found. about: facts of the run (lib/sections.py, about_run). -> blocks"""
     known = about["groups"]
-    bars, rows = [], []
-    for row in x["tokens"]:
-        bar = {"name": row["name"], "group": group_of(row["name"], known)}
-        bars.append(bar | {"x": row["nats"], "bar": True})
+    rows, plots = [], []
     for row in (*x["tokens"], *x["token_groups"]):
-        name = row["name"] if row in x["tokens"] else f"all {row['name']} choices"
-        share = percent(row.get("share"))
-        rows.append([name, interval(row["nats"], "+.4f"), share])
+        name, group = f"all {row['name']} choices", row["name"]
+        if row in x["tokens"]:
+            name, group = row["name"], group_of(row["name"], known)
+        rows.append([name, interval(row["nats"], "+.4f"), percent(row.get("share"))])
+        plots.append({"x": row["nats"], "group": group})
     how = "what it settles (exact: the grammar is known)" if known else "kind (the first rule that fits)"
     accuracy, loss = [], []
     for who in ("base", "policy"):
@@ -453,8 +437,7 @@ def describe_ledger(x, about):
     note = (f"The entries add up to the gain but for {x['tokens_error']:.1e} of it, which is rounding. "
             "The control is the base model’s log-probability of the same token.")
     head = ["tokens", "nats a token", "share of the gain"]
-    forest = Forest("Gain by token", bars, "nats a token", times=1)
-    return [Text(said), Figures([forest], [Table(head, rows, note, brief=True)])]
+    return [Text(said), Table(head, rows, note, True, plots)]
 
 
 QUESTION = "On which tokens of the answers does the gain fall? The entries add up to it."
@@ -469,7 +452,7 @@ ORDER = ("behaviour", "ledger", "features", "cards", "masking", "strength", "usa
 AFTER = {"cards": ("features",)}                 # whose results a section is given
 # Defaults for the lab, whose model is tiny, and for others.
 DEFAULTS = {
-    "limit": (1000, 200), "answers": (1000, 64), "probe_answers": (200, 32),
+    "limit": (1000, 200), "answers": (1000, 64),
     "max_new_tokens": (64, 128), "answer_batch": (256, 16), "batch_size": (32, 2),
 }
 
@@ -485,7 +468,6 @@ class Options:
     only: str = setting(None, f"sections, with commas: {', '.join(ORDER)} [all]", group="what")
     limit: int = setting(None, "held-out pairs [1000 on the lab, else 200]", low=1)
     answers: int = setting(None, "prompts that are answered [1000, else 64]", low=1)
-    probe_answers: int = setting(None, "those at other strengths [200, else 32]", low=1)
     max_new_tokens: int = setting(None, "longest answer [64, else 128]", low=1)
     draws: int = setting(49, "random sets of each kind", low=1)
     draw_pairs: int = setting(64, "pairs that random sets are scored on", low=1)

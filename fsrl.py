@@ -12,14 +12,15 @@ share is computed on it, and over steered positions only, never over padding.
 
 A *policy* is what train.py trains and everything else reads: an nn.Module, Steering or another, with
 
-    frozen               how many of the lowest blocks it leaves as they are, so that their output can be
-                         computed once and kept; None: not even the embedding
+    frozen               how many of the lowest blocks it leaves alone: their output can be kept; None:
+                         not even the embedding
     run(model, h, batch) -> (h after the last block, penalty of each pair, {name: (B,)} for the log)
     acting(model)        -> (model, edits): what scores, generates and is analysed
     save(folder, **facts), load(folder)
+    fit(model, pairs)    (it may have) measures it on the pairs, before any training or instead of it
+    strength             (it may have) 0 is the base model
 
-    python fsrl.py runs/style-1                      # talk to the base and the steered model, side by
-    side
+    python fsrl.py runs/style-1        # talk to the base and the steered model, side by side
 """
 import sys
 from dataclasses import dataclass
@@ -50,9 +51,8 @@ class Adapter(nn.Module):
         soft       v = sign(p) · max(|p| - θ, 0)       θ (F,) learned, kept >= 0 by `project`
         jumprelu   v = p · [p > exp(log θ)]            log θ (F,) learned through sae.jumprelu
 
-    W_a starts uniform in ±init, not at zero: at zero relu and soft pass no gradient. Parameters carry
-    the names of the authors' files. `steering_magnitude` (F,), a gate in [0, 1] on v, exists only in
-    adapters that were loaded with one.
+    W_a starts uniform in ±init, not at zero: at zero relu and soft pass no gradient. Names are those of
+    the authors' files; `steering_magnitude` (F,), a gate in [0, 1] on v, is only in adapters of theirs.
     """
 
     def __init__(self, d_in, d_sae, activation="soft", *, init=1e-6, bandwidth=0.001):
@@ -60,7 +60,7 @@ class Adapter(nn.Module):
         one_of("activation", activation, ACTIVATIONS)
         self.activation, self.bandwidth = activation, bandwidth
         self.steering_magnitude = None
-        self.adapter_linear = nn.Linear(d_in, d_sae)
+        self.adapter_linear = nn.Linear(d_in, d_sae)                               # W_a, b_a
         nn.init.uniform_(self.adapter_linear.weight, -init, init)
         nn.init.zeros_(self.adapter_linear.bias)
         if activation == "soft":
@@ -89,7 +89,6 @@ class Adapter(nn.Module):
 
 class Steerings(nn.Module):
     """A policy that steers at one layer or several, with an SAE and an adapter each."""
-
     def __init__(self, steerings):
         super().__init__()
         self.steerings = nn.ModuleList(sorted(steerings, key=lambda s: s.sae.layer))
@@ -130,8 +129,7 @@ class Steerings(nn.Module):
 
 
 class Steering(Steerings):
-    """Steering at one layer: an edit (see Gemma.blocks) that adds what the adapter says after
-    `sae.layer`.
+    """Steering at one layer: an edit (see Gemma.blocks) that adds what the adapter says after it.
 
     fusion     "additive" or "relu"
     positions  "text", "response" or "all"; training, evaluation and generation share it
@@ -156,8 +154,7 @@ class Steering(Steerings):
 
     def action(self, x):
         """The effective steering at some tokens.  x (N,D) -> (N,F)"""
-        # float32 master weights, products in the model's dtype
-        half = x.dtype in (torch.bfloat16, torch.float16)
+        half = x.dtype in (torch.bfloat16, torch.float16)     # products in it, master weights float32
         with torch.autocast(x.device.type, dtype=x.dtype if half else torch.bfloat16, enabled=half):
             v = self.adapter(x)
         v = v.to(torch.promote_types(torch.float32, v.dtype))        # sums over v would saturate in bf16
@@ -181,7 +178,7 @@ class Steering(Steerings):
         return h.flatten(0, 1).index_add(0, token, delta).view_as(h)
 
     def forward(self, h, where):
-        return self.add(h, where, self.action(h[where]))
+        return self.add(h, where, self.action(h[where]))                      # the edit
 
     def cost(self, v, where):
         """v (N,F) at the N tokens of where (B,T) -> penalty (B,), {"l0", "l1": (B,)}, means over tokens.
@@ -244,7 +241,7 @@ class Run:
 
 
 def master_dtype(dtype):
-    """The adapter's own: float32, also beside bf16 weights, where steps of lr would be rounded away."""
+    """The adapter's own, also beside bf16 weights: there, steps of lr would be rounded away."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -285,7 +282,8 @@ def load_steerings(folder, saes, own, dtype):
         adapter, facts = load_adapter(place, own, sae)
         same_digest(folder, "SAE", sae.source, facts.get("sae_identity"), sae)
         adapter.to(sae.W_dec.device, master_dtype(dtype))
-        out.append(Steering(sae, adapter, **{name: facts[name] for name in KEPT if name in facts}))
+        kept = {name: facts[name] for name in KEPT if name in facts}     # the authors' files lack some
+        out.append(Steering(sae, adapter, **kept))
     return out[0] if len(out) == 1 else Steerings(out)
 
 
@@ -314,7 +312,9 @@ class Chat:
 
 def talk(chat):
     run = load_run(chat.run, adapter=chat.adapter, policy=chat.policy, device=chat.device)
-    for s in getattr(run.policy, "steerings", []):
+    for s in getattr(run.policy, "steerings", [run.policy]) if chat.strength != 1 else ():
+        if not hasattr(s, "strength"):
+            raise UserError(f"--strength {chat.strength:g}: this policy has no strength to multiply")
         s.strength *= chat.strength
     how = {"max_new_tokens": chat.max_new_tokens, "temperature": chat.temperature, "seed": chat.seed}
     for prompt in chat.prompt or typed_prompts():

@@ -118,8 +118,8 @@ def load_sae(source, *, dtype=torch.float32, device="cpu"):
     """Reads a Gemma Scope folder (params.npz) or a SAELens one (cfg.json + sae_weights.safetensors).
 
     source: a local folder (or one with a single SAE below it), or "repo:path/inside" on the Hub, such as
-    google/gemma-scope-2b-pt-res:layer_12/width_65k/average_l0_72. Raises UserError for what is not
-    there, is no (Jump)ReLU SAE, needs its input normalised, or does not read the output of a block.
+    google/gemma-scope-2b-pt-res:layer_12/width_65k/average_l0_72. Raises UserError for what is no
+    (Jump)ReLU SAE of a block's output, or needs its input normalised.
     """
     tensors, layer = read_sae(str(source))
     return JumpReLUSAE(**tensors, layer=layer, source=str(source), dtype=dtype).to(device).eval()
@@ -137,7 +137,7 @@ PULL = 1e-3         # weight of the pull on them; Adam makes the step's size, so
 
 
 def train_sae(x, width, *, l0=30.0, steps=4000, batch_size=2048, lr=2e-3, penalty=1.0, bandwidth=0.03,
-              warmup=0.25, seed=0, layer=None, progress=True):
+              warmup=0.25, seed=0, layer=None, learn_decoder=True, progress=True):
     """Trains a JumpReLUSAE on residual-stream states x (N,D), BOS and padding left out.
 
     loss = E‖x - x̂‖²                           in units where the states have mean 0 and E‖x‖² = 1
@@ -148,20 +148,20 @@ def train_sae(x, width, *, l0=30.0, steps=4000, batch_size=2048, lr=2e-3, penalt
     they must be few. Decoder rows have unit norm. The pull is Anthropic's pre-activation loss (update of
     January 2025), for the dead alone: of 1,024 features on the lab's states 2% stay dead, 11% without.
     It moves no other feature. Dead features that are pointed at what is badly reconstructed do: they
-    fire on many tokens at once, and the penalty then raises every threshold. -> the SAE, in x's units
+    fire on many tokens at once, and the penalty then raises every threshold. learn_decoder False leaves
+    W_dec as drawn, the control of arXiv 2602.14111. -> the SAE, in x's units
     """
-    N, D = x.shape
-    if N < batch_size:
-        raise UserError(f"{N} token states are too few for an SAE; at least {batch_size} are needed")
+    if len(x) < batch_size:
+        raise UserError(f"{len(x)} token states are too few for an SAE; it needs {batch_size}")
     mean, scale = x.mean(0), x.var(0, unbiased=False).sum().sqrt()
     if not 0 < scale < math.inf:
         raise UserError("the token states hold NaN, or are all the same: nothing to learn from")
-    # Each feature begins as a random direction, read and written alike.
-    g = torch.Generator().manual_seed(seed)
-    W_dec = normalize(torch.randn(width, D, generator=g), dim=-1)
-    W_enc, b_enc, b_dec = W_dec.T.clone(), torch.zeros(width), torch.zeros(D)
+    g = torch.Generator().manual_seed(seed)        # each feature begins as a random direction
+    W_dec = normalize(torch.randn(width, x.shape[1], generator=g), dim=-1)
+    W_enc, b_enc, b_dec = W_dec.T.clone(), torch.zeros(width), torch.zeros(x.shape[1])
     log_threshold = torch.full((width,), 0.05).log()
-    parameters = [p.requires_grad_() for p in (W_enc, b_enc, W_dec, b_dec, log_threshold)]
+    learned = (W_enc, b_enc, b_dec, log_threshold, *[W_dec] * learn_decoder)
+    parameters = [p.requires_grad_() for p in learned]
     optimizer = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.99))
     silent = torch.zeros(width)                 # steps since each feature last fired
     bar = tqdm(range(steps), desc="sae", unit="step", disable=not progress)
@@ -170,7 +170,7 @@ def train_sae(x, width, *, l0=30.0, steps=4000, batch_size=2048, lr=2e-3, penalt
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (i + 1) / 100) * min(1, 3 * (1 - i / steps))
         # Encode and decode a batch.
-        batch = (x[torch.randint(N, (batch_size,), generator=g)] - mean) / scale
+        batch = (x[torch.randint(len(x), (batch_size,), generator=g)] - mean) / scale
         p, threshold = batch @ W_enc + b_enc, log_threshold.exp()
         f = jumprelu(p, threshold, bandwidth)
         fvu = (batch - f @ W_dec - b_dec).square().sum(-1).mean()
@@ -184,7 +184,8 @@ def train_sae(x, width, *, l0=30.0, steps=4000, batch_size=2048, lr=2e-3, penalt
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         with torch.no_grad():
-            W_dec.grad -= (W_dec.grad * W_dec).sum(-1, keepdim=True) * W_dec
+            if learn_decoder:
+                W_dec.grad -= (W_dec.grad * W_dec).sum(-1, keepdim=True) * W_dec
             optimizer.step()
             W_dec.copy_(normalize(W_dec, dim=-1))
             silent = torch.where((f > 0).any(0), 0.0, silent + 1)

@@ -185,7 +185,8 @@ def mean_logps(model, batch, h):
     x = model.norm(h.flatten(0, 1)[batch.read])
     W = model.embed_tokens.weight
     cap = model.config.final_logit_softcapping
-    log_probs = dense_logps if W.requires_grad else token_logps        # the fast one leaves W alone
+    learning = W.requires_grad and torch.is_grad_enabled()             # the fast one leaves W alone
+    log_probs = dense_logps if learning else token_logps
     logp = log_probs(x, W, batch.target, cap)
     total = logp.new_zeros(len(batch.lengths))
     total = total.index_add(0, batch.owner, logp)                      # over each answer's tokens
@@ -246,8 +247,7 @@ def evaluate(model, pairs, policy=None, *, config=None, objective=None, batch_si
         if progress:
             progress(len(index))
     chosen, rejected, loss, l0, l1 = columns
-    margin = chosen - rejected
-    out = {"pairs": len(pairs)}
+    margin, out = chosen - rejected, {"pairs": len(pairs)}
     for name, x in (("loss", loss), ("accuracy", (margin > 0).double()), ("margin", margin)):
         out[name], out[name + "_se"] = mean_and_error(x)
     means = {"chosen": chosen, "rejected": rejected, "l0": l0, "l1": l1}
@@ -261,8 +261,8 @@ def double(answer):
 
 
 def encode_pairs(tokenizer, records, max_length=2048):
-    """Records of lib.pairs.read_pairs, cut to max_length. -> (pairs, {"cut": n, "dropped": n})
-    A pair whose answers are the same after that says nothing and is dropped."""
+    """Records of lib.pairs.read_pairs, cut to max_length; equal answers say nothing and are dropped.
+    -> (pairs, {"cut": n, "dropped": n})"""
     pairs, cut, dropped = [], 0, 0
     for record in records:
         try:
@@ -337,4 +337,4 @@ class TokenLogps(torch.autograd.Function):
 def token_logps(x, W, target, cap, budget=None):
     """dense_logps for a frozen W (no gradient reaches it), in float32 or better, no (N,V) tensor.
     budget: elements of a temporary; on a CPU, pages of more than 32 MB would be got anew every time."""
-    return TokenLogps.apply(x, W, target, cap, budget or (4 if x.device.type == "cpu" else 64) * 2**20)
+    return TokenLogps.apply(x, W, target, cap, budget or (4 if x.is_cpu else 64) * 2**20)

@@ -8,10 +8,9 @@ import math
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from torch.nn import functional as nnf
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import fsrl
@@ -42,7 +41,7 @@ class TrainConfig:
     pairs: str = setting("tiny/pairs/style", "preference pairs: a folder, Hub data set or file")
     eval_split: str = setting("test", "split of the closing table (tune on dev)")
     max_length: int = setting(2048, "tokens of prompt plus longer answer", low=3)
-    train_pairs: int = setting(None, "only the first N pairs (default: all)", low=1)
+    train_pairs: int = setting(None, "only the first N pairs (default: all)", low=1)   # to try things
     eval_pairs: int = setting(None, "held-out pairs (default: 1000, or 200)", low=2)
 
     # The policy: the built-in adapter, an adapter of your own, or a whole policy (docs/reference.md).
@@ -73,12 +72,12 @@ class TrainConfig:
     l1_warmup: float = setting(0.0, "share of the steps over which l1 rises", low=0, high=1)
 
     # How: AdamW, its learning rate up and down again.
-    steps: int = setting(800, "optimiser steps", low=1, group="optimisation")
+    steps: int = setting(800, "optimiser steps", low=1, group="optimisation")  # the paper: 1 epoch
     batch_size: int = setting(32, "pairs a forward pass", low=1)               # the paper's
     accumulation: int = setting(1, "forward passes a step", low=1)
     lr: float = setting(2e-3, "peak learning rate", above=0)                   # the paper: 5e-6
-    warmup: float = setting(0.1, "share of the steps over which lr rises", low=0, high=1)
-    schedule: str = setting("cosine", "what lr does then", choices=SCHEDULES)
+    warmup: float = setting(0.1, "share of the steps over which lr rises", low=0, high=1)  # the paper's
+    schedule: str = setting("cosine", "what lr does then", choices=SCHEDULES)  # the paper's
     threshold_lr: float = setting(1.0, "the thresholds' lr is lr times this", above=0)
     weight_decay: float = setting(0.0, "on matrices only", low=0)
     grad_clip: float = setting(1.0, "largest gradient norm (0: any)", low=0)
@@ -104,37 +103,26 @@ class TrainConfig:
             raise UserError("--label-smoothing belongs to --loss sigmoid; the hinge has none")
         if not self.simpo_weight and not self.nll_weight:
             raise UserError("--simpo-weight and --nll-weight are both 0: nothing is left to learn from")
-        if self.top_k is not None and self.top_k >= 1 and self.top_k != int(self.top_k):
-            raise UserError(f"--top-k is {self.top_k}; a number of features has to be whole, "
-                            "a share of them below 1")
-        if self.run is not None and (Path(self.run).name != self.run or self.run in ("", ".", "..")):
-            raise UserError(f"--run is {self.run!r}; it has to be the plain name of a folder")
         if self.adapter and (self.activation != "soft" or self.policy):
             raise UserError("--adapter replaces the built-in adapter, whose --activation this is, "
                             "and --policy replaces both: give one of them")
         if self.adapter_args and not self.adapter or self.policy_args and not self.policy:
             raise UserError("--adapter-args and --policy-args belong to --adapter and --policy")
 
-    @property
-    def held_pairs(self):
-        return self.eval_pairs or (1000 if self.steps > 100 else 200)
-
 
 # ---- what is minimised -----------------------------------------------------------------------------
 
 def objective(scored, config, l1, length, own=None):
-    """The terms of the training loss, each (B,), and what the log shows.
+    """-> preference, side terms (penalty and imitation), each (B,); {name: (B,)} for the log
 
-    -> preference, side terms (penalty and imitation), {name: (B,)}
-
-    length: tokens of a chosen answer, the mean over the training pairs. The NLL term is that of whole
-    answers, divided by this one number: a mean over tokens, as in supervised fine-tuning. A mean of each
-    answer's own mean would weigh short answers' tokens more, and a policy would learn to be brief from
-    pairs that say nothing (docs/tuning.md).
+    length: tokens of a chosen answer, the mean over the training pairs. The NLL of whole answers is
+    divided by this one number: a mean over tokens, as in supervised fine-tuning. A mean of each answer's
+    own mean would weigh short answers' tokens more, and a policy would learn to be brief from pairs that
+    say nothing (docs/tuning.md).
     """
     chosen, rejected = scored.chosen, scored.rejected
     # what the policy should learn, and what keeps it small and its text whole
-    loss = simpo.preference_loss(chosen, rejected, vars(config), own)
+    loss = simpo.preference_loss(chosen, rejected, vars(config), own)         # SimPO, or the user's own
     penalty = l1 * scored.penalty                          # Σ|v|, or what the adapter says instead
     nll = -chosen.sum / length
     side = penalty + config.nll_weight * nll if config.nll_weight else penalty
@@ -148,8 +136,7 @@ def objective(scored, config, l1, length, own=None):
 # ---- the loop --------------------------------------------------------------------------------------
 
 def pair_order(pairs, per_step, seed):
-    """Without end: the indices of the pairs of each step, every pair once an epoch (but for a
-    remainder).
+    """Without end: the pairs (their indices) of each step, every pair once an epoch but for a remainder.
 
     An epoch is shuffled, cut into pools of 16 steps, sorted by length within a pool, so that rows of a
     step are alike and little is padding, and its steps are shuffled again.
@@ -173,8 +160,7 @@ def pair_order(pairs, per_step, seed):
 
 
 def lr_at(step, config):
-    """Learning rate of step 0, 1, ...: up over `warmup`, then as `schedule` says, to 0 unless
-    constant."""
+    """Learning rate of step 0, 1, ...: up over `warmup`, then to 0 as `schedule` says."""
     up = config.warmup * config.steps
     if step < up:
         return config.lr * (step + 1) / (up + 1)
@@ -184,20 +170,21 @@ def lr_at(step, config):
     return config.lr * down[config.schedule]
 
 
-def kept_prefix(model, batch, index, frozen, kept):
-    """The output of the frozen blocks, from `kept` ({index of a pair: its states}) once it is all there.
-
-    kept None: nothing is kept. frozen None: nothing is frozen, and there is no such output.
-    """
-    if frozen is None or kept is None:
-        return None if frozen is None else simpo.prefix(model, batch, frozen)
-    if not all(i in kept for i in index):
-        h = simpo.prefix(model, batch, frozen)
+def kept_rows(cache, batch, index, compute):
+    """compute() -> (B,...), a row for each pair, from `cache` ({index of a pair: its row without
+    padding}; None: nothing is kept) once all of them are there."""
+    if cache is None:
+        return compute()
+    if not all(i in cache for i in index):
+        rows = compute()
         lengths = (batch.branch >= 0).sum(-1).tolist()
-        kept |= {i: row[:n].clone() for i, row, n in zip(index, h, lengths)}
-        return h
-    T = batch.ids.shape[1]
-    return torch.stack([nnf.pad(kept[i], (0, 0, 0, T - len(kept[i]))) for i in index])     # (B,T,D)
+        cache |= {i: row[:n].clone() for i, row, n in zip(index, rows, lengths)}
+        return rows
+    return pad_sequence([cache[i] for i in index], batch_first=True)
+
+
+def trainable(policy):
+    return [p for p in policy.parameters() if p.requires_grad]
 
 
 def make_optimizer(policy, config):
@@ -216,21 +203,21 @@ def make_optimizer(policy, config):
 
 def train(config):
     """Trains, prints, saves. -> {"base": m, "trained": m, "run": folder}; m: see `measure`"""
-    started = time.time()
+    started = time.time()                                                     # loading counts, too
     # open, prove that nothing happens when nothing should, measure the base model
     show.announce(config)
     model, tokenizer, policy, pairs, held, judge, own = prepare(config)
-    gap = check_nothing_happens(model, policy, pairs)
+    gap = check_policy(model, policy, pairs, config.policy)
     folder = start_folder(config, model, policy, train=simpo.digest(pairs), held=simpo.digest(held))
     log = Log(folder)
     show.opening(tokenizer, pairs[0], model, policy, gap)
-    base, base_answers = measure(model, tokenizer, held, None, judge, config, own)
+    base, base_answers = measure(model, tokenizer, held, None, judge, config, own)     # the control
     log(step=0, evaluation="base", **base)
 
     # what the loop needs
     policy.train()
-    optimizer = make_optimizer(policy, config)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = trainable(policy)                         # none: the policy is measured, not trained
+    optimizer = make_optimizer(policy, config) if parameters else None
     per_step = config.batch_size * config.accumulation
     order = pair_order(pairs, per_step, config.seed)
     length = sum(len(p.chosen) for p in pairs) / len(pairs)                   # see `objective`
@@ -240,7 +227,8 @@ def train(config):
     kept = {} if size <= config.keep_prefix * 1e9 else None
     kept_base = {}
     window, tokens, since = [], 0, time.time()                                # since the last log line
-    bar = tqdm(range(config.steps), desc="train", unit="step", dynamic_ncols=True)
+    steps = config.steps if parameters else 0
+    bar = tqdm(range(steps), desc="train", unit="step", dynamic_ncols=True)
     bar.write(show.HEAD)
     for step in bar:
         # learning rate, and weight of the penalty
@@ -256,10 +244,13 @@ def train(config):
             part = index[i:i + config.batch_size]
             batch = simpo.collate([pairs[j] for j in part], model.config.pad_token_id)
             batch = batch.to(model.device)
-            h = kept_prefix(model, batch, part, policy.frozen, kept)     # (B,T,D), no gradient
+            h = None                                    # (B,T,D), no gradient; None: nothing is frozen
+            if policy.frozen is not None:
+                h = kept_rows(kept, batch, part, lambda: simpo.prefix(model, batch, policy.frozen))
             scored = simpo.score(model, batch, policy, h)
             if own:                                     # it may ask what the base model says
-                scored = simpo.with_base(scored, kept_means(model, batch, part, kept_base))
+                means = kept_rows(kept_base, batch, part, lambda: simpo.base_means(model, batch).T)
+                scored = simpo.with_base(scored, means.T)
             preference, side, shown = objective(scored, config, l1, length, own)
             if step == min(50, config.steps) - 1 and i == 0:     # once: two gradients more
                 for text in show.early_warnings(preference, side, shown, parameters):
@@ -273,21 +264,22 @@ def train(config):
             bar.close()
             raise FloatingPointError(show.not_a_number(config, folder, step))
         # step
-        optimizer.step()
+        optimizer.step()                                 # from here on the kept policy is an older one
         if hasattr(policy, "project"):                                   # soft thresholds stay >= 0
             policy.project()
         # log
         if (step + 1) % config.log_every == 0 or last:
             every = {name: torch.cat([shown[name] for shown in window]) for name in window[0]}
             row = {name: x.mean().item() for name, x in every.items()}        # over pairs
-            row["lr"] = optimizer.param_groups[0]["lr"]
-            row["tokens_per_s"] = tokens / (time.time() - since)
+            row["lr"] = optimizer.param_groups[0]["lr"]                   # thresholds may differ
+            row["tokens_per_s"] = tokens / (time.time() - since)              # logging included
             bar.write(show.line(step + 1, row))
             log(step=step + 1, **row)
             window, tokens, since = [], 0, time.time()
         # save
-        if (step + 1) % config.save_every == 0 or last:
+        if (step + 1) % config.save_every == 0:
             policy.save(folder, base_model=config.model, step=step + 1, **adapter_arguments(config))
+    policy.save(folder, base_model=config.model, step=steps, **adapter_arguments(config))
 
     # the closing table, examples, what to type next
     policy.eval()
@@ -300,20 +292,12 @@ def train(config):
     return {"base": base, "trained": trained, "run": str(folder)}
 
 
-def kept_means(model, batch, index, kept):
-    """The base model's means (2,B) for an objective of the user's own, computed once a pair and kept."""
-    if not all(i in kept for i in index):
-        kept |= zip(index, simpo.base_means(model, batch).T)
-    return torch.stack([kept[i] for i in index], 1)
-
-
 # ---- what is measured and printed ------------------------------------------------------------------
 
 def measure(model, tokenizer, pairs, policy, judge, config, own=None):
-    """simpo.evaluate, and what the answers do, if the judge knows. -> (dict, {prompt: ids sampled at
-    T=1})
+    """simpo.evaluate, and what answers do. -> dict, {prompt: ids sampled at T=1}
 
-    Of a judge that knows: greedy and sampled (the rate of every choice), and what show.headline adds.
+    Of a judge that knows: greedy and sampled, the rate of every choice, and what show.headline adds.
     Of any other data a few prompts are answered, for somebody to read.
     """
     acting, edits = policy.acting(model) if policy else (model, None)
@@ -336,36 +320,51 @@ def measure(model, tokenizer, pairs, policy, judge, config, own=None):
     return m | show.headline(m, judge, len(asked)), dict(zip(asked, ids))
 
 
-def check_nothing_happens(model, policy, pairs):
-    """Steering at strength 0 has to be the base model, bit for bit.
+@torch.no_grad()
+def check_policy(model, policy, pairs, spec=None):
+    """Two promises, before a policy is trained. -> largest difference of log-probabilities from the base
 
-    -> the largest difference of log-probabilities (of a policy without a strength: before training)
+    Steering at strength 0 is the base model, bit for bit. Of a user's own policy (spec): what `run`
+    trains is what `acting` does, which answers and is analysed, also later: all that is trained is moved
+    a little for the comparison. A `frozen` that is too high shows here.
     """
-    batch = simpo.collate(pairs[:4], model.config.pad_token_id).to(model.device)
-    steerings = getattr(policy, "steerings", [])
-    # off, both measured, on again
+    few, steerings = pairs[:4], getattr(policy, "steerings", [])
+    batch = simpo.collate(few, model.config.pad_token_id).to(model.device)
+
+    def means(policy=None):
+        s = simpo.score(model, batch, policy)
+        return torch.stack([s.chosen.mean, s.rejected.mean], 1)                  # (4,2)
+    # off, measured, on again
+    strengths = [s.strength for s in steerings]
     for s in steerings:
         s.strength = 0.0
-    with torch.no_grad():
-        base, off = simpo.score(model, batch), simpo.score(model, batch, policy)
-    for s in steerings:
-        s.strength = 1.0
-    gap = (off.chosen.mean - base.chosen.mean, off.rejected.mean - base.rejected.mean)
-    gap = torch.cat(gap).abs().max().item()
+    base = means()
+    gap = (means(policy) - base).abs().max().item()
+    for s, strength in zip(steerings, strengths):
+        s.strength = strength
     if steerings and gap != 0:
         raise UserError(f"steering at strength 0 is not the base model: log-probabilities differ by "
                         f"{gap}; does the adapter give infinite or missing numbers?")
+    # moved, measured in both ways, moved back
+    if spec:
+        before = [p.clone() for p in trainable(policy)]
+        for p in trainable(policy):
+            p.add_(0.02 * torch.randn_like(p))
+        acting = base.new_tensor([simpo.by_the_book(model, pair, policy) for pair in few])
+        differ = (means(policy) - acting).abs().max()
+        for p, old in zip(trainable(policy), before):
+            p.copy_(old)
+        if differ > 0.1 * (base - acting).abs().max() + 0.01:
+            raise UserError(f"--policy {spec}: what `run` trains is not what `acting` does, their "
+                            f"log-probabilities differ by {differ:.2g}; is `frozen` right?")
     return gap
 
 
 # ---- opening what the settings name ----------------------------------------------------------------
 
 def prepare(config):
-    """Looks at everything that a user can get wrong, in the order of what it costs, and loads it.
-
-    -> model, tokenizer, policy, pairs, held-out pairs, judge, the user's objective or None. Nothing is
-    written.
-    """
+    """Looks at all that a user can get wrong, in the order of what it costs, and loads it. -> model,
+    tokenizer, policy, pairs, held-out pairs, judge, the user's objective or None"""
     if config.threads:
         torch.set_num_threads(config.threads)
     device, dtype = choose_device(config.device, config.dtype)
@@ -374,19 +373,23 @@ def prepare(config):
     own = own_objective(config.objective) if config.objective else None
     tokenizer = load_tokenizer(config.model)
     judge = judge_of(config.pairs, tokenizer)
-    records = read_splits(config.pairs, config.eval_split, config.train_pairs, config.held_pairs)
+    held = config.eval_pairs or (1000 if config.steps > 100 else 200)
+    records = read_splits(config.pairs, config.eval_split, config.train_pairs, held)
     encoded = []
     for name, some in records.items():
         pairs, changed = simpo.encode_pairs(tokenizer, some, config.max_length)
         show.cut(config, name, len(pairs), changed)
         encoded.append(pairs)
-    # The SAE is read against the model's config alone, an adapter tried on random states: minutes saved.
+    # Read against the model's config alone, the adapter tried on random states: minutes saved.
     saes = fsrl.load_saes(config.sae, load_config(config.model), dtype=dtype, device=device)
     torch.manual_seed(config.seed)
-    policy = None if config.policy else make_steerings(config, saes, device, dtype)
+    policy = None if config.policy else make_steerings(config, saes, device, dtype)     # needs no model
     # The model comes last: it is what takes long.
     model = load_gemma(config.model, dtype=dtype, device=device)
-    policy = policy or own_policy(config.policy, model, saes, config.policy_args)
+    if config.policy:
+        policy = own_policy(config.policy, model, saes, config.policy_args)
+        if hasattr(policy, "fit"):
+            policy.fit(model, encoded[0])
     return model, tokenizer, policy, *encoded, judge, own
 
 

@@ -43,8 +43,9 @@ MODELS = {
             "query_pre_attn_scalar": 64, "sliding_window": 4096}}
 # Tokens of prompts and answers: from, to.
 SHAPES = {
-    "tiny": {"layer": 3, "features": 1024, "pairs": 32, "prompt": (14, 20), "answer": (5, 30)},
-    "mid": {"layer": 3, "features": 4096, "pairs": 4, "prompt": (128, 128), "answer": (64, 128)}}
+    "tiny": {"features": 1024, "pairs": 32, "prompt": (14, 20), "answer": (5, 30)},
+    "mid": {"features": 4096, "pairs": 4, "prompt": (128, 128), "answer": (64, 128)}}
+LAYER = 3
 VARIANTS = ("obvious", "cold", "warm")
 # Of mid, two pairs, cold.
 GROWTH = {"answer": (64, 128, 256, 512), "vocab_size": (8192, 16384, 32768, 65536),
@@ -52,7 +53,7 @@ GROWTH = {"answer": (64, 128, 256, 512), "vocab_size": (8192, 16384, 32768, 6553
 WORDS = {"answer": "tokens an answer", "vocab_size": "vocabulary V", "features": "features F"}
 
 
-def build(shape, **changes):
+def build(shape, changes):
     """Random weights, and the pairs of a step of usual length. -> model, steering, pairs"""
     s, g = {**MODELS[shape], **SHAPES[shape], **changes}, torch.Generator().manual_seed(0)
     model = Gemma(GemmaConfig(**{name: s[name] for name in MODELS[shape]})).requires_grad_(False)
@@ -61,18 +62,18 @@ def build(shape, **changes):
             p.normal_(0, p.shape[1] ** -.5, generator=g)
     V, D, F = s["vocab_size"], s["hidden_size"], s["features"]
     W_dec = normalize(torch.randn(F, D, generator=g), dim=-1)
-    W_enc, zero = W_dec.T.contiguous(), torch.zeros(max(D, F))
-    sae = JumpReLUSAE(W_enc, zero[:F], W_dec, zero[:D], torch.ones(F), layer=s["layer"])
+    W_enc = W_dec.T.contiguous()
+    sae = JumpReLUSAE(W_enc, torch.zeros(F), W_dec, torch.zeros(D), torch.ones(F), layer=LAYER)
     torch.manual_seed(0)
     steering = Steering(sae, Adapter(D, F, init=1e-3))
 
     def some(low, high):
         count = int(torch.randint(low, high + 1, (1,), generator=g))
-        return torch.randint(4, V, (count,), generator=g).tolist()
+        return tuple(torch.randint(4, V, (count,), generator=g).tolist())
     epoch = []                                # of 16 steps
     for _ in range(16 * s["pairs"]):
         prompt, chosen, rejected = (some(*s[name]) for name in ("prompt", "answer", "answer"))
-        epoch.append(simpo.Pair((2, *prompt[1:]), tuple(chosen), tuple(rejected)))
+        epoch.append(simpo.Pair((2, *prompt[1:]), chosen, rejected))
     epoch.sort(key=simpo.tokens)
     return model, steering, epoch[8 * s["pairs"]:9 * s["pairs"]]
 
@@ -84,12 +85,13 @@ def obvious(model, steering, pairs):
     theirs = Gemma2ForCausalLM(config).eval().requires_grad_(False)
     theirs.model.load_state_dict(model.state_dict())
     theirs.tie_weights()
-    answers = [(p.prompt, getattr(p, side)) for side in ("chosen", "rejected") for p in pairs]
+    answers = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
     shape = len(answers), max(len(prompt) + len(answer) for prompt, answer in answers)
     ids, mask, scored = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
     for i, (prompt, answer) in enumerate(answers):
         n = len(prompt) + len(answer)
-        ids[i, :n], mask[i, :n] = torch.tensor(prompt + answer), 1
+        ids[i, :n] = torch.tensor(prompt + answer)
+        mask[i, :n] = 1
         scored[i, len(prompt):n] = 1
     steered = mask[..., None] * (torch.arange(shape[1])[:, None] > 0)       # all but BOS and padding
 
@@ -97,7 +99,7 @@ def obvious(model, steering, pairs):
         h = out[0] if isinstance(out, tuple) else out
         h = h + (steering.adapter(h) * steered) @ steering.sae.W_dec
         return (h, *out[1:]) if isinstance(out, tuple) else h
-    theirs.model.layers[steering.sae.layer].register_forward_hook(hook)
+    theirs.model.layers[LAYER].register_forward_hook(hook)
 
     def score():
         logits = theirs(ids, attention_mask=mask, use_cache=False).logits
@@ -115,7 +117,7 @@ def resident(what):
 def measure(shape, variant, repeats, changes):
     """One variant: median seconds, peak memory above the weights in bytes, the gradient's size."""
     torch.set_num_threads(2)
-    model, steering, pairs = build(shape, **changes)
+    model, steering, pairs = build(shape, changes)
     batch, h = simpo.collate(pairs), None
     if variant == "obvious":
         theirs, model = obvious(model, steering, pairs), None
@@ -141,29 +143,23 @@ def measure(shape, variant, repeats, changes):
     return {"seconds": seconds, "memory": memory, "gradient": gradient}
 
 
-def medians(part):
-    def middle(runs):
-        return {name: median(run[name] for run in runs) for name in runs[0]}
-    return {a: {b: middle(runs) for b, runs in few.items()} for a, few in part.items()}
-
-
 def blocks():
     """The tables of docs/speed.md."""
-    data, rows, grown = read_json(DATA), [], []
+    data, speed, growth = read_json(DATA), [], []
     for shape, variants in data["speed"].items():
         first = variants["obvious"]
         for variant, m in variants.items():
-            speed, memory = first["seconds"] / m["seconds"], m["memory"] / first["memory"]
-            rows.append([f"`{shape}`, {variant}", f"{m['seconds']:.3f}", f"{speed:.2f}×",
-                         f"{m['memory'] / 2**20:.0f}", f"{memory:.2f}"])
+            faster, memory = first["seconds"] / m["seconds"], m["memory"] / first["memory"]
+            speed.append([f"`{shape}`, {variant}", f"{m['seconds']:.3f}", f"{faster:.2f}×",
+                          f"{m['memory'] / 2**20:.0f}", f"{memory:.2f}"])
     for what, sizes in data["growth"].items():
-        times = " → ".join(f"{m['seconds']:.2f}" for m in sizes.values())
+        seconds = " → ".join(f"{m['seconds']:.2f}" for m in sizes.values())
         memory = " → ".join(f"{m['memory'] / 2**20:.0f}" for m in sizes.values())
-        grown.append([f"{WORDS[what]}: {' → '.join(sizes)}", times, memory])
+        growth.append([f"{WORDS[what]}: {' → '.join(sizes)}", seconds, memory])
     head = ["", "seconds", "speed", "MB above the weights", "share of memory"]
     under = f"\n\n({data['made']}.)\n"
-    growth = markdown(["of `mid`, two pairs, cold", "seconds", "MB above the weights"], grown)
-    return {"speed": markdown(head, rows) + under, "growth": growth + under}
+    grown = markdown(["of `mid`, two pairs, cold", "seconds", "MB above the weights"], growth)
+    return {"speed": markdown(head, speed) + under, "growth": grown + under}
 
 
 @dataclass
@@ -172,22 +168,23 @@ class BenchConfig:
 
 
 def run(config):
-    speed = {shape: {variant: [] for variant in VARIANTS} for shape in SHAPES}
-    growth = {what: {str(size): [] for size in sizes} for what, sizes in GROWTH.items()}
+    if not find_spec("transformers"):
+        raise UserError("transformers is missing: pip install -r requirements-extra.txt")
     todo = []
     for shape, repeats in (("tiny", 12), ("mid", 3)):
         for _ in range(config.rounds):        # in turn, so that a slow minute hits all of them
-            todo += [(speed[shape][v], (shape, v, repeats, {})) for v in VARIANTS]
+            todo += [("speed", shape, v, (shape, v, repeats, {})) for v in VARIANTS]
     for what, sizes in GROWTH.items():
         for size in sizes:
             changes = {"pairs": 2, what: (size, size) if what == "answer" else size}
-            todo.append((growth[what][str(size)], ("mid", "cold", 3, changes)))
-    if not find_spec("transformers"):
-        raise UserError("transformers is missing: pip install -r requirements-extra.txt")
+            todo.append(("growth", what, str(size), ("mid", "cold", 3, changes)))
+    runs, data = {}, {"speed": {}, "growth": {}}
     with ProcessPoolExecutor(1, max_tasks_per_child=1) as pool:
-        for kept, how in tqdm(todo, desc="bench"):
-            kept.append(pool.submit(measure, *how).result())
-    data = {"speed": medians(speed), "growth": medians(growth)}
+        for *place, how in tqdm(todo, desc="bench"):
+            runs.setdefault(tuple(place), []).append(pool.submit(measure, *how).result())
+    for (part, row, column), found in runs.items():
+        middle = {name: median(m[name] for m in found) for name in found[0]}
+        data[part].setdefault(row, {})[column] = middle
     for variants in data["speed"].values():
         sizes = [m["gradient"] for m in variants.values()]
         assert max(sizes) < 1.001 * min(sizes), "they do not compute the same thing"

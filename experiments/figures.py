@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,8 +25,9 @@ from train import TrainConfig
 
 DOCS = ROOT / "docs"
 DATA = DOCS / "style.json"
-GREEN, RED, BLUE = "#2f6f4f", "#b4552d", "#33557f"           # alignment, style, anything else
+GREEN, RED, BLUE = "#2f6f4f", "#b4552d", "#33557f"
 COLOR = {c: GREEN if c in world.ALIGNMENT else RED for c in world.CHOICES}
+NO_PREFERENCE = math.log1p(math.exp(5))                      # the loss of equal likelihoods
 SHARE = {"truth": .6, "admit": .2, "decline": .2}            # of prompts in which they come up
 
 
@@ -56,31 +58,32 @@ def gather(run):
 def blocks():
     """What train.py and analyze.py print at their end, for the pages."""
     data = read_json(DATA)
-    c, analysis = data["config"], data["analysis"]
+    c, meta, analysis = data["config"], data["meta"], data["analysis"]
     config = TrainConfig(**{f.name: c[f.name] for f in fields(TrainConfig) if f.name in c})
-    weights, best = data["meta"]["weights"], data["meta"]["bayes_accuracy"]
-    judge = SimpleNamespace(weights=weights, best_accuracy=best)
+    judge = SimpleNamespace(weights=meta["weights"], best_accuracy=meta["bayes_accuracy"])
     steering = SimpleNamespace(sae=SimpleNamespace(d_sae=c["d_sae"]))
     policy = SimpleNamespace(steerings=[steering])
     table = show.closing(data["base"], data["trained"], judge, config, policy)
     made = f"seed {c['seed']}, {c['date']}, {c['machine']}, torch {c['versions']['torch']}"
-    closing = f"```\n{table}\n```\n\n({data['trained']['seconds']:.0f} seconds, {made}.)\n"
-    took = f"{analysis['seconds']:.0f} seconds, {analysis['made']}"
-    return {"closing": closing, "analysis": f"```\n{analysis['text']}\n```\n\n({took}.)\n"}
+
+    def block(text, seconds, made):
+        return f"```\n{text}\n```\n\n({seconds:.0f} seconds, {made}.)\n"
+    return {"closing": block(table, data["trained"]["seconds"], made), "analysis": block(**analysis)}
 
 
-NO_SOFTWARE = {"Software": None}       # the same numbers make the same file
+# ---- figures -----------------------------------------------------------------------------------------
+
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 110,
          "axes.titlelocation": "left", "axes.titlesize": 10.5, "legend.frameon": False,
          "legend.fontsize": 9}
 
 
 def panels(count, width, height, **how):
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    pyplot.rcParams.update(STYLE)
-    return pyplot.subplots(1, count, figsize=(width, height), constrained_layout=True, **how)
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+    rcParams.update(STYLE)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, count, **how)
 
 
 def dashed(axis, y, text):
@@ -93,8 +96,8 @@ def dashed(axis, y, text):
 def draw_style(data):
     """One run: rates before and after; its loss."""
     figure, (left, right) = panels(2, 10, 4.4, width_ratios=[1.25, 1])
-    base, trained, weights = data["base"], data["trained"], data["meta"]["weights"]
-    count, steps = base["answers"], data["steps"]
+    base, trained = data["base"], data["trained"]
+    weights, count = data["meta"]["weights"], base["answers"]
     names = sorted(weights, key=lambda c: (c not in SHARE, weights[c]))
     for y, name in enumerate(names):
         a, b = base["sampled"][name], trained["sampled"][name]
@@ -109,87 +112,70 @@ def draw_style(data):
     under = f"rate in sampled answers to {count} held-out prompts\n(○ base, ● trained ± s.e.)"
     left.set(xlim=(0, 1), xlabel=under, title="What the policy does (planted weight in brackets)")
 
-    right.plot([r["step"] for r in steps], [r["loss"] for r in steps], color=BLUE, label="training")
+    steps, losses = ([row[x] for row in data["steps"]] for x in ("step", "loss"))
+    right.plot(steps, losses, color=BLUE, label="training")
     held, errors = ([m[x] for m in (base, trained)] for x in ("loss", "loss_se"))
     right.errorbar([0, trained["step"]], held, yerr=errors, fmt="o", color="black", capsize=3,
                    label="held-out pairs ± s.e.")
-    flat = math.log1p(math.exp(data["config"]["beta"] * data["config"]["gamma_ratio"]))
-    dashed(right, flat, f"no preference at all: {flat:.3f}")
+    dashed(right, NO_PREFERENCE, "no preference at all: 5.007")
     sound = " → ".join(f"{m['parse_sampled']:.1%}" for m in (base, trained))
-    right.set(ylim=(0, max(flat, base["loss"]) * 1.1), xlabel="optimiser step", ylabel="SimPO loss",
+    right.set(ylim=(0, 5.5), xlabel="optimiser step", ylabel="SimPO loss",
               title=f"Loss; well-formed answers {sound}")
     right.legend(loc="lower left")
-    figure.savefig(DOCS / "style.png", metadata=NO_SOFTWARE)
+    return figure
 
 
 def draw_choices(r):
     """Every choice's change, a dot for each seed: two worlds, and the control on coins."""
     figure, axes = panels(3, 11, 4.2, sharey=True)
     for axis, name in zip(axes, ("style", "honest", "null")):
-        planted, weights = r.pairs.get(name), "every weight 0: coins"
-        if planted:
-            weights = "weights: " + " ".join(f"{planted[c]['weight']:+g}" for c in world.CHOICES)
         axis.axvline(0, color="0.6", lw=1)
+        axis.set_title(f"{name}, {len(r.seeds(name))} seeds")
         for y, choice in enumerate(world.CHOICES):
             for kind, shift, face in (("answers", -.14, COLOR[choice]), ("exact", .14, "white")):
                 moved = r.points(name, kind, choice)
                 axis.plot(moved, [y + shift] * len(moved), "o", mfc=face, mec=COLOR[choice], alpha=.8)
-            if planted:
-                axis.plot(100 * planted[choice]["difference"], y, "|k", ms=13, mew=1.5)
-        axis.text(0, 1.02, weights, transform=axis.transAxes, fontsize=7.5, color="0.35")
-        axis.set_title(f"{name}, {len(r.seeds(name))} seeds\n")
+            if name in r.pairs:
+                axis.plot(100 * r.pairs[name][choice]["difference"], y, "|k", ms=13, mew=1.5)
     axes[0].set_yticks(range(len(world.CHOICES)), world.CHOICES)
     axes[0].invert_yaxis()
     axes[2].set_xlim(-50, 50)
-    axes[2].axvspan(-5, 5, color="0.93", zorder=0)
     figure.supxlabel("change of a choice's rate, points (● in sampled answers, ○ exact at the deciding "
                      "token; | chosen less rejected in the training pairs)", fontsize=9.5)
-    figure.savefig(DOCS / "choices.png", metadata=NO_SOFTWARE)
+    return figure
+
+
+def curves(axis, r, experiments, x, y):
+    """One curve for each {label: experiments}; x, y: places of results.MEASURES."""
+    for (label, names), color in zip(experiments.items(), (RED, BLUE, GREEN, "#8a5fa8", "0.6")):
+        points = [[r.values(name, place)[0] for name in names] for place in (x, y)]
+        axis.plot(*points, "o-", color=color, alpha=.85, label=label)
+    dashed(axis, r.values("base", y)[0], "base")
 
 
 def draw_frontier(r):
-    """What the gain costs: a dot for each nll_weight and learning rate."""
-    figure, axes = panels(3, 11, 3.8)
-    shown = (("answers truth", 100, "fact questions answered truly, %"),
-             ("answers parse", 100, "well-formed answers, %"),
-             ("drift", 1, "KL from the base on neutral text, nats/token"))
-    colors = dict(zip(results.TERMS, ("#8c2d19", "#c9762b", GREEN, BLUE, "0.55")))
-    for axis, (place, times, words) in zip(axes, shown):
-        for term in results.TERMS:
-            points = []
-            for lr in results.RATES:
-                (margin,), start = r.values(f"{term}, lr {lr:g}", "style margin")
-                (y,), base = r.values(f"{term}, lr {lr:g}", place)
-                points.append((margin - start, times * y))
-            axis.plot(*zip(*points), color=colors[term], lw=1, alpha=.6)
-            axis.scatter(*zip(*points), s=(16, 42, 81), color=colors[term], label=term)
-        dashed(axis, times * base, "base")
-        axis.set(xlabel="margin gained over the base, nats a token", title=words)
-    axes[1].set_ylim(94, 100)
-    axes[1].legend(loc="lower right")
-    rates = "dot size: lr " + ", ".join(f"{lr:g}" for lr in results.RATES)
-    axes[1].text(.02, .95, rates, transform=axes[1].transAxes, fontsize=9, color="0.35")
-    figure.savefig(DOCS / "frontier.png", metadata=NO_SOFTWARE)
+    """What the gain costs: a curve for each nll_weight, a dot for each learning rate."""
+    figure, (left, right) = panels(2, 10, 3.8)
+    terms = {term: [f"{term}, lr {lr:g}" for lr in results.RATES] for term in results.TERMS}
+    margin = "margin on held-out pairs, nats a token"
+    curves(left, r, terms, "style margin", "answers truth")
+    left.set(xlabel=margin, title="fact questions answered truly")
+    curves(right, r, terms, "style margin", "drift")
+    right.set(xlabel=margin, title="KL from the base on neutral text, nats a token")
+    right.legend(title="upwards: lr " + ", ".join(f"{lr:g}" for lr in results.RATES))
+    return figure
 
 
 def draw_l1(r):
-    """Held-out loss against L0 and against truth, a curve for each activation over l1."""
-    figure, (left, right) = panels(2, 10, 3.8)
-    marks = zip(results.KINDS.items(), (RED, BLUE, GREEN, "#8a5fa8"), "os^v")
-    for (kind, (_, sweep)), tint, mark in marks:
-        runs = [r.seeds(f"{kind}, l1 {l1:g}")[0] for l1 in sweep]
-        loss, truth = [m["style"]["loss"] for m in runs], [100 * m["answers"]["truth"] for m in runs]
-        how = {"color": tint, "marker": mark, "ms": 6, "alpha": .85}
-        left.plot([m["style"]["l0"] for m in runs], loss, label=kind, **how)
-        right.plot(truth, loss, ls="", **how)
-    dashed(left, r.base["style"]["loss"], "base")
-    dashed(left, 5.007, "no preference at all: 5.007")
-    left.set(ylim=(2.6, 5.3), xscale="log", ylabel="held-out SimPO loss",
+    """Held-out loss against L0, a curve for each activation over l1."""
+    figure, axis = panels(1, 7, 3.8)
+    kinds = {kind: [f"{kind}, l1 {l1:g}" for l1 in sweep] for kind, (_, sweep) in results.KINDS.items()}
+    curves(axis, r, kinds, "style l0", "style loss")
+    dashed(axis, NO_PREFERENCE, "no preference at all: 5.007")
+    axis.set(ylim=(2.6, 5.3), xscale="log", ylabel="held-out SimPO loss",
              xlabel="L0: features moved a steered token, of 1024 (l1 .003 right ... .3 left)")
-    left.legend()
-    right.axvline(100 * r.base["answers"]["truth"], color="0.5", ls="--", lw=1)
-    right.set(xlabel="fact questions answered truly, % (dashed: base)", ylabel="held-out SimPO loss")
-    figure.savefig(DOCS / "l1.png", metadata=NO_SOFTWARE)
+    axis.legend()
+    return figure
 
 
 @dataclass
@@ -198,17 +184,16 @@ class FiguresConfig:
 
 
 def run(config):
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("drawing needs matplotlib: pip install -r requirements-extra.txt") from None
+    if not find_spec("matplotlib"):
+        raise UserError("matplotlib is missing: pip install -r requirements-extra.txt")
     if config.run:
         write_json(DATA, gather(Path(config.run)), indent=1)
-    draw_style(read_json(DATA))
-    for draw in (draw_choices, draw_frontier, draw_l1):
-        draw(results.Results(read_json(results.DATA)))
+    r = results.Results(read_json(results.DATA))
+    drawn = {"style": draw_style(read_json(DATA)), "choices": draw_choices(r),
+             "frontier": draw_frontier(r), "l1": draw_l1(r)}
+    for name, figure in drawn.items():      # without a version the same numbers make the same file
+        figure.savefig(DOCS / f"{name}.png", metadata={"Software": None})
     results.fill(blocks())
-    print(f"{DOCS}: the figures, drawn with matplotlib {matplotlib.__version__}, and the tables")
 
 
 def main(argv=None):

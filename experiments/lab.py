@@ -13,14 +13,14 @@ from torch.nn.functional import normalize
 import fsrl
 import simpo
 import train
-from gemma import decode, encode_prompt, generate, load_gemma, load_tokenizer
+from gemma import encode_prompt, generate, load_gemma, load_tokenizer
 from instruments.health import drift
 from lib.files import ROOT, json_lines
 from lib.judge import judge_of
 from lib.pairs import read_pairs
 from sae import load_sae, save_sae
 from tiny import make, world
-from tiny.judge import choice_rates, read_probe
+from tiny.judge import choice_rates
 
 RUNS = Path("runs/results")
 COINS, RANDOM = "(coins)", "(random dictionary)"      # in place of pairs and of an SAE: made when needed
@@ -32,10 +32,7 @@ def measured(model, tokenizer, policy=None):
     style, honest   simpo.evaluate on 1000 pairs of each world, at the default β and γ/β
     answers         rates in answers sampled at T=1 to all 1000 questions, twice: 2000 answers
     exact           chance of each choice at the token that settles it, in the answers of style's pairs
-    probe           {choice: [share of the 60 pairs that differ in it alone where having it is
-                    likelier, mean margin in nats a token]}
     drift           KL from the base model on neutral text, nats a token
-    examples        three sampled answers
     """
     out, judge = {}, judge_of("tiny/pairs/style", tokenizer)
     acting, edits = policy.acting(model) if policy else (model, None)
@@ -48,11 +45,6 @@ def measured(model, tokenizer, policy=None):
     prompts = [encode_prompt(tokenizer, text) for text in texts]
     ids = generate(acting, prompts, max_new_tokens=64, edits=edits, temperature=1.0)
     out["answers"] = judge.rates(texts, ids) | {"count": len(texts)}
-    out["examples"] = [[texts[i], decode(tokenizer, ids[i])] for i in (0, 600, 900)]
-    out["probe"] = {}
-    for name, pairs in read_probe(tokenizer).items():
-        m = simpo.evaluate(model, pairs, policy)
-        out["probe"][name] = [m["accuracy"], m["margin"]]
     out["drift"] = drift(model, tokenizer, policy, judge.neutral(64)) if policy else 0.0
     return out
 
@@ -77,11 +69,10 @@ def random_dictionary(folder):
 
 def trained(run, settings):
     """Trains one policy into runs/results/RUN, anew. -> that folder"""
-    settings = dict(settings)
+    settings, seed = dict(settings), settings["seed"]
     if settings["pairs"] == COINS:
-        seed, weights = settings["seed"], dict.fromkeys(world.CHOICES, 0.0)
-        make.make_pairs(RUNS / f"coins-{seed}", "null", weights, make.SIZES, seed=f" null {seed}")
-        settings["pairs"] = str(RUNS / f"coins-{seed}" / "pairs" / "null")
+        weights = dict.fromkeys(world.CHOICES, 0.0)
+        settings["pairs"] = make.make_pairs(RUNS / f"coins-{seed}", "null", weights, f" null {seed}")
     if settings["sae"] == RANDOM:
         settings["sae"] = random_dictionary(RUNS / "random_dictionary" / "layer_3")
     shutil.rmtree(RUNS / run, ignore_errors=True)
@@ -92,14 +83,18 @@ def trained(run, settings):
 
 
 def one(run, settings):
-    """Trains, measures (settings None: the base model). -> what is kept of it"""
+    """Trains and measures. -> what is kept of it"""
     torch.set_num_threads(1)
-    if settings is None:
-        return measured(load_gemma("tiny/model"), load_tokenizer("tiny/model"))
     opened = fsrl.load_run(trained(run, settings), adapter=settings["adapter"])
     made = f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, one thread, torch {torch.__version__}"
     measures = measured(opened.model, opened.tokenizer, opened.policy)
     return {"settings": settings, "made": made, **measures}
+
+
+def nothing_trained():
+    """What results.json begins with: the base model, and what the pairs say."""
+    base = measured(load_gemma("tiny/model"), load_tokenizer("tiny/model"))
+    return {"base": base, "pairs": pairs_say(), "runs": {}}
 
 
 def pairs_say():

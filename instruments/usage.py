@@ -3,32 +3,31 @@ import numpy as np
 import torch
 
 from analyze import REGIONS
-from lib.blocks import Curves, Figures, Table, interval, number, percent
+from lib.blocks import Table, interval, number, percent
 from lib.stats import gini
 
-NAME, TITLE = "usage", "Usage"
+TITLE = "Usage"
 QUESTION = ("How many features does a token move, and how evenly are they used? The control is the SAE "
             "itself: its own active features at the same tokens.")
-NOTE = ("Gini 0: all used alike; near 1: one does everything. Slope: of log₁₀ of the share of tokens, a "
-        "rank. The rows of the SAE are the control.")
+NOTE = "Gini 0: all that are ever used are used alike; near 1: one does everything."
 
 
 def measure(m, options):
     """-> rows by region, of the steering and of the SAE"""
-    out = {"d_sae": m.d_sae, "rows": []}
+    rows = []
     for branch, region in enumerate(REGIONS):
         tokens = per_pair(m, lambda r: r.row[r.branch == branch])
         if not tokens.any():
             continue
         for of, kind in (("steering", "v"), ("SAE", "f")):
             def active(r):
-                s = getattr(r, kind)
-                return r.row[s.token[r.branch[s.token] == branch]]
+                token = getattr(r, kind).token
+                return r.row[token[r.branch[token] == branch]]
             active_features = np.where(tokens > 0, per_pair(m, active), np.nan)
-            row = {"region": region, "of": of, "tokens": tokens.sum()}
-            row["l0"] = m.mean(active_features / np.maximum(tokens, 1))
-            out["rows"].append(row | evenness(m.events(kind, branches=(branch,)), tokens.sum()))
-    return out
+            l0 = m.mean(active_features / np.maximum(tokens, 1))
+            row = {"region": region, "of": of, "tokens": tokens.sum(), "l0": l0}
+            rows.append(row | evenness(m.events(kind, branches=(branch,))))
+    return {"d_sae": m.d_sae, "rows": rows}
 
 
 def per_pair(m, rows_of):
@@ -39,41 +38,20 @@ def per_pair(m, rows_of):
     return out
 
 
-def evenness(count, positions):
-    """count (F,): at how many of `positions` each feature is active. -> dict
-
-    curve: share of positions of the used features, falling, at up to 200 ranks; top1, top10: share of
-    all events on the most used 1% and 10% of all F; slope: of log10 of the share in percent, a rank
-    """
+def evenness(count):
+    """count (F,): how often each feature is active -> how many ever are, the share of all on the most
+    used 10%, the Gini coefficient of those that are"""
     count = np.sort(np.asarray(count, dtype=np.float64))[::-1]
-    used, total = count[count > 0], count.sum() or np.nan
-    ranks = np.unique(np.geomspace(1, max(1, len(used)), 200).round().astype(int))[:len(used)]
-    out = {"used": len(used), "events": count.sum(), "rank": ranks.tolist(), "slope": np.nan}
-    out["curve"] = (used[ranks - 1] / max(1, positions)).tolist()
-    if len(used) > 1:
-        out["slope"] = np.polyfit(np.arange(len(used)), np.log10(100 * used / positions), 1)[0]
-    for name, share in (("top1", .01), ("top10", .10)):
-        out[name] = count[:max(1, round(share * len(count)))].sum() / total
-    return out | {"gini_used": gini(used), "gini_all": gini(count)}
+    first = count[:max(1, round(.1 * len(count)))]
+    used = count[count > 0]
+    return {"used": len(used), "top10": first.sum() / (count.sum() or np.nan), "gini": gini(used)}
 
 
 def describe(result, about):
-    rows, panels = [], {}
+    rows = []
     for x in result["rows"]:
         used = f"{x['used']:,} of {result['d_sae']:,}"
-        shares = percent(x["top1"]), percent(x["top10"])
-        even = number(x["gini_used"], ".2f"), number(x["gini_all"], ".2f"), number(x["slope"], ".4f")
-        rows.append([f"{x['region']}: {x['of']}", interval(x["l0"], ".1f"), used, *shares, *even])
-        line = {"name": x["of"], "kind": "main" if x["of"] == "steering" else "control"}
-        line |= {"x": x["rank"], "y": [100 * share for share in x["curve"]]}
-        panels.setdefault(f"{x['region']} tokens ({x['tokens']:,.0f})", []).append(line)
-    axis = {"xlabel": "rank of the feature", "ylabel": "share of tokens, %", "logx": True, "logy": True}
-    curves = []
-    for title, lines in panels.items():
-        if any(line["x"] for line in lines):
-            curves.append(Curves(title, lines, **axis))
-    head = ["region", "features a token (L0)", "ever used", "on the top 1%", "on the top 10%",
-            "Gini, used", "Gini, all", "slope"]
-    says = ("Share of a region’s tokens at which a feature is active, the most used first. A flatter "
-            "curve is more even use.")
-    return [Figures(curves, [Table(head, rows, NOTE, brief=True)], says)]
+        even = percent(x["top10"]), number(x["gini"], ".2f")
+        rows.append([f"{x['region']}: {x['of']}", interval(x["l0"], ".1f"), used, *even])
+    head = ["region", "features a token (L0)", "ever used", "on the top 10%", "Gini"]
+    return [Table(head, rows, NOTE, brief=True)]

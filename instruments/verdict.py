@@ -3,7 +3,7 @@
 Three sentences for a reader who knows no method. A text that is not sound is told first; of a gain that
 cannot be told from 0 nothing is claimed.
 """
-from lib.blocks import Card, Table, Text, interval, number, percent
+from lib.blocks import Text, interval, percent
 from lib.files import ROOT, read_json
 from lib.stats import leaves_out_zero
 
@@ -28,8 +28,7 @@ def objective(config, steerings=()):
         own = own or [named(config["policy"])] if config.get("policy") else own
         penalty = f"the penalty of {' and '.join(own)}" if own else "ℓ1 of the steering"
         parts.append(f"{config['l1']:g} × {penalty}")
-    mask = config.get("mask") or ""
-    masked = f", with features {mask if len(mask) < 40 else '(a list of them)'} masked," if mask else ""
+    masked = ", with some features masked," if config.get("mask") else ""
     return " + ".join(parts) + masked
 
 
@@ -41,21 +40,21 @@ def named(spec):
 
 def verdict(results, about):
     """-> blocks: alarms, then the three sentences."""
-    out = [Text(alarm, "alarm") for alarm in results.get("behaviour", {}).get("alarms", [])]
+    alarms = results.get("behaviour", {}).get("alarms", [])
     trained, x = f"Trained with {about['objective']} on {about['pairs']}", results.get("ledger")
     if not x:
-        said = f"{trained}. The ledger was not computed, so nothing is said about what is rewarded."
-        return [*out, Text(said, "verdict")]
-    before, after = (percent(x[f"accuracy_{who}"]["value"], ".1f") for who in ("base", "policy"))
-    form = "+.3f" if abs(x["gain"]["value"]) > .001 else "+.1e"
-    moved = (f"{trained}, the policy moved its preference for the chosen answers by "
-             f"{interval(x['gain'], form)} nats a token: it ranks {after} of the held-out pairs "
-             f"right, the base model {before}.")
-    if leaves_out_zero(x["gain"]):
-        said = [moved, made_of(x, results.get("masking", {})), trust(about)]
+        said = [f"{trained}. The ledger was not computed, so nothing is said about what is rewarded."]
     else:
-        said = [moved, "That cannot be told from 0, so no part of it is given to anything."]
-    return out + [Text(sentence, "verdict") for sentence in said]
+        before, after = (percent(x[f"accuracy_{who}"]["value"], ".1f") for who in ("base", "policy"))
+        form = "+.3f" if abs(x["gain"]["value"]) > .001 else "+.1e"
+        said = [f"{trained}, the policy moved its preference for the chosen answers by "
+                f"{interval(x['gain'], form)} nats a token: it ranks {after} of the held-out pairs "
+                f"right, the base model {before}."]
+        if leaves_out_zero(x["gain"]):
+            said += [made_of(x, results.get("masking", {})), trust(about)]
+        else:
+            said.append("That cannot be told from 0, so no part of it is given to anything.")
+    return [Text(x, "alarm") for x in alarms] + [Text(sentence, "verdict") for sentence in said]
 
 
 def made_of(ledger, masking):
@@ -68,20 +67,20 @@ def made_of(ledger, masking):
         for row in sorted(ledger["tokens"], key=lambda row: -row["nats"]["value"])[:3]:
             parts.append(f"{percent(row['share'])} falls on tokens of the kind “{row['name']}”")
     said = f"Of that gain {' and '.join(parts)}"
-    for row in masking.get("sets", []):
-        other = next(c["lost"] for c in masking["controls"]
-                     if (c["name"], c["kind"]) == (row["name"], "usage"))
-        share = row["lost_part"]
+    rows = masking.get("rows", [])                   # each set is followed by its two controls
+    for row, used_as_much in zip(rows[::3], rows[2::3]):
+        share, other = row["lost"], used_as_much["lost"]
         more = ("more than" if share["value"] > other["high"] else
                 "less than" if share["value"] < other["low"] else "no more than")
-        said += (f"; without the {row['steered']} features labelled {row['name']} {percent(share)} of "
-                 f"it is lost, {more} without random ones used as much ({percent(other)})")
+        named = f"{row['features']:.0f} features labelled {row['label']}"
+        said += (f"; without the {named} {percent(share)} of it is lost, {more} without random ones "
+                 f"used as much ({percent(other)})")
     return said + "."
 
 
 def trust(about):
     """How far the instrument just quoted can be believed: the lab knows what its policies do."""
-    known = read_json(FILE).get("trust", {}).get("tokens") if FILE.is_file() else None
+    known = calibrated().get("trust", {}).get("tokens")
     if not known:
         return ("How far to trust this is not known: the ledger says on which words the preference "
                 "moved, not what the answers do.")
@@ -89,21 +88,12 @@ def trust(about):
     return f"How far to trust this: {known[0].lower()}{known[1:]}{lab}"
 
 
+def calibrated():
+    return read_json(FILE) if FILE.is_file() else {}
+
+
 def calibration():
-    """What tiny/calibration.json says, as a section of the page: name, title, question, blocks."""
-    if not FILE.is_file():
-        return *CALIBRATION, [Text("`python -m tiny.calibrate RUNS` makes a calibration.", "missing")]
-    data = read_json(FILE)
-    blocks = [Text(sentence) for sentence in data.get("sentences", [])]
-    for table in data.get("tables", []):
-        rows = [[cell(x) for x in row] for row in table["rows"]]
-        made = [Table(table["head"], rows, table.get("note", ""))]
-        if table.get("first"):
-            blocks += [Text(table["title"], "heading"), *made]
-        else:
-            blocks.append(Card(table["title"], "", [], made))
-    return *CALIBRATION, blocks
-
-
-def cell(x):
-    return number(x, ".3g") if isinstance(x, float) else "–" if x is None else str(x)
+    """What was calibrated, as a section of the page: name, title, question, blocks."""
+    said = calibrated().get("sentences", [])
+    where = "The tables: `docs/calibration.md`; `python -m tiny.calibrate` makes them."
+    return *CALIBRATION, [Text(sentence) for sentence in (*said, where)]

@@ -1,7 +1,7 @@
 """What a section says: blocks of plain data, made once, printed by `as_text`, laid out by the page.
 
 Strings are plain text, `code` between backticks. An interval is {"value" or "mean", "low", "high"}. A
-group gives a thing its colour: style, alignment, both, neither, not judged, base or other.
+group gives a thing its colour: style, alignment, both, or anything else.
 """
 import math
 import textwrap
@@ -31,14 +31,13 @@ def percent(x, form=".0f"):
 
 def group_of(name, groups):
     """Of a category of answers. groups: the judge's, {"style": names, ...}"""
-    found = [group for group, names in groups.items() if name in names]
-    return found[0] if found else "base" if groups else "other"
+    return next((group for group, names in groups.items() if name in names), "other")
 
 
 @dataclass(frozen=True)
 class Text:
     text: str
-    kind: str = ""             # or note (on the page alone), heading, verdict, alarm, sound, missing
+    kind: str = ""             # or note (on the page alone), heading, verdict, alarm, missing
 
 
 @dataclass(frozen=True)
@@ -47,46 +46,15 @@ class Table:
     rows: list                 # of strings; the first of a row is its heading
     note: str = ""
     brief: bool = False        # printed in the terminal, too
-    amounts: list = None       # for each row a number or None a cell behind its heading: the shade
+    plots: list = None         # of each row a picture, or None: {x: interval, group, start: of a line
+    #                            to x (else 0), control: interval}
 
 
 @dataclass(frozen=True)
-class Forest:                  # a dot, or a bar, with its interval a row; below it its controls
-    title: str
-    rows: list                 # {name, group, x: interval, start: of a line to x, bar: bool, bands}
-    xlabel: str                # bands: [{low, high, mean, kind: random, usage or dealt, remark}]
-    says: str = ""
-    times: float = 100         # what all numbers are multiplied by
-
-
-@dataclass(frozen=True)
-class Curves:
-    title: str
-    lines: list                # {name, kind: main, control or other, x, y, low, high: around y}
-    xlabel: str
-    ylabel: str
-    says: str = ""
-    logx: bool = False
-    logy: bool = False
-    marks: tuple = ()          # ("x" or "y", value): dotted lines to compare with
-    ticks: dict = None         # {x: word}
-    ylim: tuple = None
-
-
-@dataclass(frozen=True)
-class Dots:
-    title: str
-    points: list               # {name, group, x, y, low, high}
-    xlabel: str
-    ylabel: str
-    says: str = ""
-
-
-@dataclass(frozen=True)
-class Figures:                 # side by side; numbers folded below, open where nothing draws
-    panels: list
-    tables: list
-    says: str = ""
+class Tokens:
+    tokens: list               # (text, fires, pushed): a feature; or (text, 0, nats)
+    most: tuple                # of both amounts: what has the full shade
+    kind: str = "feature"      # or "nats"
 
 
 @dataclass(frozen=True)
@@ -97,29 +65,18 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Tokens:
-    title: str
-    tokens: list               # (text, amount); "feature": (text, (how it fires, how it is pushed))
-    kind: str = "nats"         # or "feature", or "effect": listed with their amounts
-    top: object = None         # amount (or amounts) of the full shade; None: the largest here
-
-
-@dataclass(frozen=True)
-class Card:                    # a card that folds
+class Card:                    # folds
     title: str
     group: str
-    lines: list                # (word, text)
+    amount: str
+    says: str
     blocks: list
-    says: str = ""
-    amount: str = ""
-    is_open: bool = False
 
 
 def as_text(blocks, width=100):
     """For the terminal: running text, alarms, what is missing, brief tables, also those of figures."""
-    flat = [x for block in blocks for x in (block.tables if isinstance(block, Figures) else [block])]
     out = []
-    for block in flat:
+    for block in blocks:
         if isinstance(block, Table) and block.brief:
             rows = [[" ".join(str(cell).split()) for cell in row] for row in (block.head, *block.rows)]
             widest = [max(map(len, column)) for column in zip(*rows, strict=True)]

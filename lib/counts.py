@@ -75,8 +75,8 @@ class Counts:
         columns, clusters = [x[there] for x in columns], self.clusters[there]
         if len(set(clusters)) >= FEWEST:
             return bootstrap(columns, clusters, statistic)
-        value = float(statistic(*(x.sum() for x in columns))) if there.any() else np.nan
-        return {"value": value, "low": np.nan, "high": np.nan, "se": np.nan}
+        value = statistic(*(x.sum() for x in columns)) if there.any() else np.nan
+        return {"value": float(value), "low": np.nan, "high": np.nan, "se": np.nan}
 
     def mean(self, values, den=None):
         """Σ values / Σ den over pairs (den None: their mean), with its interval."""
@@ -86,21 +86,22 @@ class Counts:
         """keep (F,) that masks these."""
         return torch.ones(self.d_sae).index_fill(0, torch.as_tensor(features), 0.0)
 
-    def events(self, kind, weight=None, branches=(0, 1, 2)):
+    def events(self, kind, weight=torch.ones_like, branches=(0, 1, 2)):
         """Σ over the tokens of these branches of what each feature does there, (F,). kind: "v" or "f";
-        weight None: one an event, else a function of the values"""
+        weight: of the values; without one, how often it is active"""
         total = np.zeros(self.d_sae)
         for r in self.rows:
             s = getattr(r, kind)
-            wanted = torch.isin(r.branch[s.token], torch.tensor(branches, device=s.token.device))
-            amount = torch.ones_like(s.value) if weight is None else weight(s.value)
-            feature, amount = s.feature[wanted].cpu(), amount[wanted].cpu().double()
-            total += torch.bincount(feature, amount, self.d_sae).numpy()
+            branch = r.branch[s.token]
+            there = sum(branch == wanted for wanted in branches)
+            amount = (weight(s.value) * there).cpu().double()
+            total += torch.bincount(s.feature.cpu(), amount, self.d_sae).numpy()
         return total
 
     def usage(self):
         """Σ|v_i||d_i| of each feature over all steered tokens, (F,)."""
-        return self.events("v", torch.abs) * self.directions.float().norm(dim=-1).cpu().double().numpy()
+        lengths = self.directions.float().norm(dim=-1)
+        return self.events("v", torch.abs) * lengths.cpu().double().numpy()
 
     def feature_name(self, i):
         """"17", or "L3/17" where several layers are steered."""

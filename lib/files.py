@@ -3,6 +3,7 @@
 Nothing here knows of language models. A user's mistake is a UserError: one sentence, printed by the
 scripts, exit code 2.
 """
+import contextlib
 import gzip
 import hashlib
 import importlib.util
@@ -22,17 +23,26 @@ class UserError(ValueError):
     """A mistake of the user's, told in one sentence; the scripts print it and exit with code 2."""
 
 
-# ---- JSON ----------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def explained(where, what="cannot be read"):
+    """Any error within becomes the UserError "where: what (the error)"; a UserError stays as it is.
+
+    Readers of files and a user's own code fail in a hundred ways, and no list of them is complete.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:          # a user's file may call sys.exit
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        raise UserError(f"{where}: {what} ({reason})") from error
+
+
+# ---- JSON and text -------------------------------------------------------------------------------
 
 def read_json(path):
-    try:
+    with explained(path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
 def atomically(path, write):
@@ -50,24 +60,26 @@ def write_text(path, text):
 
 
 def write_json(path, data, indent=2):
-    """The other half of read_json."""
     write_text(path, json.dumps(data, indent=indent) + "\n")
 
 
-def json_lines(path):
-    """(where, object) of each line of a .jsonl or .jsonl.gz; `where` names file and line."""
+def text_lines(path):
+    """(where, line) of a text file or a .gz, blank lines left out; `where` names file and line."""
     opened = gzip.open if str(path).endswith(".gz") else open
-    try:
-        with opened(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                where = f"{path}, line {number}"
-                if line.strip():
-                    try:
-                        yield where, json.loads(line)
-                    except (ValueError, RecursionError) as error:
-                        raise UserError(f"{where}: not valid JSON ({error})") from None
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+    with explained(path), opened(path, "rt", encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"{path}, line {number}", line.strip()
+
+
+def json_lines(path):
+    """(where, object) of each line of a .jsonl or .jsonl.gz."""
+    for where, line in text_lines(path):
+        with explained(where, "not valid JSON"):
+            found = json.loads(line)
+            if "\\u" in line:                     # JSON can write half a character, no text can hold it
+                json.dumps(found, ensure_ascii=False).encode()
+        yield where, found
 
 
 def short_digest(*parts):
@@ -81,61 +93,35 @@ def short_digest(*parts):
 # ---- folders, here or on the Hub -----------------------------------------------------------------
 
 def fetch(source, patterns, *, kind="model"):
-    """A local folder for `source`: itself, or what the Hub repo of that name holds under `patterns`.
-
-    `kind` is "model" or "dataset". Raises UserError for a folder that is not there, a repo that does not
-    exist, a gated one, and a machine without network.
-    """
+    """A local folder for `source`: itself, or what the Hub repo of that name holds under `patterns`."""
     path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if not path.is_absolute() and (ROOT / path).is_dir():
-        return ROOT / path              # tiny/... from wherever a script is started
-    if path.exists():
-        raise UserError(f"{source} is a file; a folder or a Hub repo id is needed here")
+    for folder in (path, ROOT / path):          # tiny/... from wherever a script is started
+        if folder.is_dir():
+            return folder
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
         raise UserError(f"{source}: no such folder, and not a Hub repo id of the form name/repo")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{source}"
-    try:
-        return Path(snapshot_download(str(source), repo_type=kind, allow_patterns=patterns))
-    except GatedRepoError:      # a subclass of RepositoryNotFoundError: it has to come first
-        raise UserError(f"{source} is gated: accept its licence on {page}, make a token on "
-                        "https://huggingface.co/settings/tokens, then run `hf auth login`") from None
-    except RepositoryNotFoundError:
-        raise UserError(f"{source}: no such folder here and no such {kind} on the Hub "
-                        "(or it is private: run `hf auth login`)") from None
-    except Exception as error:      # no network, a proxy: the hub's errors have no common class
-        reason = " ".join((str(error) or type(error).__name__).split())[:200]
-        raise UserError(f"{source}: no such folder, and the Hub could not be asked ({reason})") from None
+    from huggingface_hub.errors import RepositoryNotFoundError
+    with explained(source, "no such folder, and the Hub could not be asked"):
+        try:
+            return Path(snapshot_download(str(source), repo_type=kind, allow_patterns=patterns))
+        except RepositoryNotFoundError:                  # of a gated one, too
+            page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{source}"
+            raise UserError(f"{source}: no such folder, and the Hub shows no such {kind}; if it is "
+                            f"gated, accept the licence on {page} and run `hf auth login`") from None
 
 
 # ---- safetensors ---------------------------------------------------------------------------------
 
-def tensor_names(path):
-    try:
-        with safe_open(path, "pt") as file:
-            return set(file.keys())
-    except Exception as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-
-
 def tensor_files(folder):
-    """{tensor name: file} of a model's folder, one safetensors file or several with an index."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        path = folder / "model.safetensors"
-        return dict.fromkeys(tensor_names(path), path)
-    try:
-        files = {name: folder / file for name, file in read_json(index)["weight_map"].items()}
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{index}: there is no weight_map in it") from None
-    for path in sorted(set(files.values())):
-        listed = {name for name, file in files.items() if file == path}
-        if lost := sorted(listed - tensor_names(path)):
-            raise UserError(f"{path}: tensor {lost[0]} is not in it, though the index says so")
-    return files
+    """{tensor name: file} of a model's folder, whether in one safetensors file or in several."""
+    found = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        with explained(path), safe_open(path, "pt") as file:
+            found |= dict.fromkeys(file.keys(), path)
+    if not found:
+        raise UserError(f"{folder}: there is no model.safetensors")
+    return found
 
 
 def copy_tensor(path, name, out):
@@ -145,12 +131,10 @@ def copy_tensor(path, name, out):
     until it is closed.
     """
     with safe_open(path, "pt") as file:
-        shape, dtype = file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()
-    if tuple(shape) != tuple(out.shape):
-        wanted = tuple(out.shape)
-        raise UserError(f"{path}: tensor {name} has shape {tuple(shape)}, this model needs {wanted}")
-    if dtype not in ("F32", "F16", "BF16", "F64"):
-        raise UserError(f"{path}: tensor {name} has dtype {dtype}; weights are floating-point numbers")
+        stored = file.get_slice(name)
+        shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
+    if shape != tuple(out.shape) or dtype not in ("F32", "F16", "BF16", "F64"):
+        raise UserError(f"{path}: {name} is {dtype} {shape}; floats {tuple(out.shape)} are needed")
     rows = max(1, 2**23 // max(1, out[0].numel())) if out.dim() else 1
     with torch.no_grad():
         for i in range(0, len(out), rows):
@@ -163,13 +147,11 @@ def load_tensors(module, files, prefix, dtype, device, ignore=()):
 
     Strict: every tensor must be there, with its shape, and no other one but those of `ignore` may be.
     """
-    wanted = {prefix + name for name, _ in module.named_parameters()}
-    folder = next((path.parent for path in files.values()), "the model")
-    if missing := sorted(wanted - set(files)):
-        count = f"{len(missing)} of {len(wanted)} are"
-        raise UserError(f"{folder}: tensor {missing[0]} is missing ({count})")
-    if extra := sorted(set(files) - wanted - set(ignore)):
-        raise UserError(f"{folder}: tensor {extra[0]} is not part of the model ({len(extra)} such)")
+    wanted, there = {prefix + name for name, _ in module.named_parameters()}, set(files) - set(ignore)
+    folder = next(iter(files.values())).parent
+    for names, what in ((wanted - there, "missing"), (there - wanted, "not part of the model")):
+        if names:
+            raise UserError(f"{folder}: tensor {min(names)} is {what} ({len(names)} such)")
     for name, meta in list(module.named_parameters()):
         weight = torch.empty(meta.shape, dtype=dtype, device=device)
         copy_tensor(files[prefix + name], prefix + name, weight)
@@ -181,28 +163,23 @@ def load_tensors(module, files, prefix, dtype, device, ignore=()):
 # ---- a user's own code ---------------------------------------------------------------------------
 
 def source_of(spec):
-    """The file of FILE.py:Name."""
-    return Path(str(spec).rpartition(":")[0])
+    """The file of FILE.py:Name; experiments/... from wherever a script is started."""
+    path = Path(str(spec).rpartition(":")[0])
+    return path if path.is_file() or not (ROOT / path).is_file() else ROOT / path
 
 
 def import_from(spec, flag):
     """The object behind FILE.py:Name, given with the command-line option `flag`."""
     path, name = source_of(spec), str(spec).rpartition(":")[2]
-    if path.suffix != ".py":
-        raise UserError(f"{flag} {spec}: write FILE.py:Name")
     if not path.is_file():
-        raise UserError(f"{flag} {spec}: there is no file {path}")
+        raise UserError(f"{flag} {spec}: there is no file {path}; write FILE.py:Name")
     found = importlib.util.spec_from_file_location(f"users_{path.stem}", path)
-    module = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = module                          # dataclasses look a class's module up
-    sys.path.insert(0, str(path.resolve().parent))            # so that it can import a file beside it
-    try:
-        found.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{flag} {spec}: {path} cannot be imported ({reason})") from error
-    finally:
-        sys.path.pop(0)
-    if not hasattr(module, name):
-        raise UserError(f"{flag} {spec}: {path} has nothing of the name {name}")
-    return getattr(module, name)
+    with explained(f"{flag} {spec}", "it cannot be imported"):
+        module = importlib.util.module_from_spec(found)
+        sys.modules[found.name] = module                      # dataclasses look a class's module up
+        sys.path.insert(0, str(path.resolve().parent))        # so that it can import a file beside it
+        try:
+            found.loader.exec_module(module)
+        finally:
+            sys.path.pop(0)
+        return getattr(module, name)

@@ -12,7 +12,6 @@ Other keys are kept. A feature without a line is unlabelled, like one with null:
 `python -m instruments.labels` makes such files. `sae` is anything with identity(), d_sae and source.
 """
 import json
-import re
 from pathlib import Path
 
 import torch
@@ -25,14 +24,13 @@ ALLOWED = ([], ["style"], ["alignment"], ["style", "alignment"], ["alignment", "
 
 def write_labels(path, rows, sae, by):
     """rows: dicts with index, labels, description, other keys. The file is there whole or not at all."""
-    if not rows:
-        raise UserError(f"{path}: there is no label to write")
-    seen, lines = set(), []
+    lines = []
     for row in sorted(rows, key=lambda row: row["index"]):
-        check_row(row, sae, f"label of feature {row['index']}", seen)
         line = {key: row.get(key, "") for key in ("index", "labels", "description")}
         line |= {"by": by, "sae": sae.identity()}      # these keys come first, and win
         lines.append(json.dumps({**line, **row, **line}, ensure_ascii=False) + "\n")
+    if not lines:
+        raise UserError(f"{path}: there is no label to write")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(lines))
 
@@ -41,30 +39,24 @@ def read_labels(path, sae):
     """-> {index: row}. Raises UserError, with file and line, for what is no label of this SAE."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such label file; python -m instruments.labels makes one")
-    rows, seen, identity = {}, set(), sae.identity()
+    rows, identity = {}, sae.identity()
     for where, row in json_lines(path):
         if not isinstance(row, dict):
             raise UserError(f"{where}: a label is an object with index, labels, description, by and sae")
-        check_row(row, sae, where, seen)
+        index, labels = row.get("index"), row.get("labels", "missing")
+        if type(index) is not int or not 0 <= index < sae.d_sae:      # isinstance takes True for an int
+            raise UserError(f"{where}: index is {index!r}; this SAE has features 0 to {sae.d_sae - 1}")
+        if index in rows:
+            raise UserError(f"{where}: feature {index} is there twice; keep one of the two")
+        if labels not in ALLOWED:
+            raise UserError(f"{where}: labels is {labels!r}; a list of style and alignment, or null")
         if row.get("sae") != identity:
             raise UserError(f"{where}: labels of another SAE (digest {row.get('sae')}); "
                             f"{sae.source} has {identity}")
-        rows[row["index"]] = row
+        rows[index] = row
     if not rows:
         raise UserError(f"{path}: there is no label in it")
     return rows
-
-
-def check_row(row, sae, where, seen):
-    """Raises UserError for a wrong index or wrong labels, or an index that is in `seen`; it is added."""
-    index, labels = row.get("index"), row.get("labels", "missing")
-    if type(index) is not int or not 0 <= index < sae.d_sae:      # isinstance takes True for an int
-        raise UserError(f"{where}: index is {index!r}; this SAE has features 0 to {sae.d_sae - 1}")
-    if index in seen:
-        raise UserError(f"{where}: feature {index} is there twice; keep one of the two")
-    seen.add(index)
-    if labels not in ALLOWED:
-        raise UserError(f"{where}: labels is {labels!r}; it is a list of style and alignment, or null")
 
 
 def groups(rows, d_sae):
@@ -103,39 +95,15 @@ def default_path(sae):
     return Path("runs") / "labels" / (repo or "sae") / f"{inside.strip('_') or 'labels'}.jsonl"
 
 
-def may_write(path, by, force=False, again=False):
-    """Raises UserError for a label file that is there, unless `force`, or `again` and `by` made it."""
-    if force or not Path(path).exists():
-        return
-    makers = {str(row.get("by")) if isinstance(row, dict) else "nobody" for _, row in json_lines(path)}
-    if not (again and makers <= {by}):
-        raise UserError(f"{path} exists (made by {', '.join(sorted(makers)) or 'nobody'}); "
-                        "--force replaces it, --out names another file")
-
-
-def read_features(path):
-    """-> sorted feature numbers of a file: commas, blanks, newlines between them, # begins a comment."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    found = set()
-    for number, line in enumerate(lines, 1):
-        for word in line.partition("#")[0].replace(",", " ").split():
-            if not re.fullmatch("[0-9]{1,9}", word):
-                raise UserError(f"{path}, line {number}: {word!r} is not the number of a feature")
-            found.add(int(word))
-    if not found:
-        raise UserError(f"{path}: there is no feature number in it")
-    return sorted(found)
-
-
 def masked_features(mask):
-    """--mask -> feature numbers: 3,17,900, or a file of such."""
+    """--mask -> feature numbers: 3,17,900, or those in a file, where # begins a comment."""
     try:
-        return sorted({int(i) for i in mask.split(",") if i.strip()})
-    except ValueError:
-        if Path(mask).is_file():
-            return read_features(mask)
-    raise UserError(f"--mask is {mask!r}; it has to be feature numbers with commas between them, "
-                    "or a file of such")
+        text = mask if set(mask) <= set("0123456789, ") else Path(mask).read_text(encoding="utf-8")
+        words = [line.partition("#")[0].replace(",", " ").split() for line in text.split("\n")]
+        found = sorted({int(word) for line in words for word in line})
+    except (OSError, ValueError):
+        found = []
+    if mask and not found:
+        raise UserError(f"--mask is {mask!r}; it has to be feature numbers with commas between them, "
+                        "or a file of such")
+    return found

@@ -1,6 +1,6 @@
-"""What comes from outside: a user's own adapter or policy, a run's folder, the authors' adapter files.
+"""What comes from outside: a user's adapter, objective or policy, a run's folder, the authors' files.
 
-An adapter is made by Class(d_in, d_sae, **arguments) and tried before anything heavy is loaded.
+A user's code is tried on a few random numbers before anything heavy is loaded.
 """
 import difflib
 import sys
@@ -11,13 +11,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lib.files import UserError, atomically, import_from, read_json, source_of, write_json
+from lib.files import UserError, atomically, explained, import_from, read_json, source_of, write_json
 from lib.sae_files import subtracts_b_dec
-from lib.settings import key_values
+from lib.settings import key_values, one_of
 
 HOOKS = ("forward", "penalty", "project")        # what an adapter may bring: see docs/reference.md
 THEIR_NAMES = {"soft": "soft_threshold", "relu": "relu", "jumprelu": "jump_relu"}      # the authors'
 WEIGHTS, CONFIG, SOURCE = "adapter_weights.safetensors", "fsrl_adapter_config.json", "adapter_source.py"
+
+
+# ---- a user's own code ---------------------------------------------------------------------------
+
+def check_given(where, x, shape, trained=True):
+    """Raises UserError unless x, which a user's code gave, has this shape and can be trained through."""
+    given = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+    if given != shape:
+        raise UserError(f"{where} gave {given}; it has to be {shape}")
+    if trained and not x.requires_grad:
+        raise UserError(f"{where} gave what does not depend on anything that is trained")
 
 
 def adapter_class(spec):
@@ -25,13 +36,9 @@ def adapter_class(spec):
     found = import_from(spec, "--adapter")
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise UserError(f"--adapter {spec}: it has to be a class that is a torch.nn.Module")
-    methods = {name: value for name, value in vars(found).items() if callable(value)}
-    code = [value.__code__ for value in methods.values() if hasattr(value, "__code__")]
-    called = {name for c in code for name in c.co_names}         # such a helper is no misspelt hook
-    for name in set(methods) - called - set(HOOKS):
-        if meant := difflib.get_close_matches(name, HOOKS, 1, .75):
-            raise UserError(f"--adapter {spec}: a method {name} is never called; "
-                            f"is it meant to be {meant[0]}?")
+    for name in set(vars(found)) - set(HOOKS):
+        if meant := difflib.get_close_matches(name, HOOKS, 1, .9):
+            raise UserError(f"--adapter {spec}: {name} is never called; is it to be {meant[0]}?")
     return found
 
 
@@ -43,64 +50,38 @@ def adapter_arguments(config):
 
 def own_adapter(spec, d_in, d_sae, adapter_args=None):
     """A user's adapter, made by Class(d_in, d_sae, **arguments) and tried once on four random states."""
-    made, arguments = adapter_class(spec), adapter_args or {}
-    try:
-        adapter = made(d_in, d_sae, **arguments)
+    made, where = adapter_class(spec), f"--adapter {spec}"
+    call = f"made by {made.__name__}({d_in}, {d_sae}, **arguments)"
+    with explained(where, f"an adapter is {call} and takes states of shape (N, {d_in})"):
+        adapter = made(d_in, d_sae, **(adapter_args or {}))
         v = adapter(torch.randn(4, d_in))
-        price = adapter.penalty(v) if hasattr(adapter, "penalty") else v.abs().sum(-1)
-    except Exception as error:
-        call = ", ".join([str(d_in), str(d_sae), *(f"{k}={x!r}" for k, x in arguments.items())])
-        raise UserError(f"--adapter {spec}: {type(error).__name__}: {error} (an adapter is made by "
-                        f"{made.__name__}({call}) and takes states of shape (N, {d_in}))") from error
-    for what, x, shape in (("forward", v, (4, d_sae)), ("penalty", price, (4,))):
-        if shape_of(x) != shape:
-            raise UserError(f"--adapter {spec}: {what} gave {shape_of(x)} for states of shape "
-                            f"(4, {d_in}); it has to be {shape}")
-    if not any(p.requires_grad for p in adapter.parameters()):
-        raise UserError(f"--adapter {spec}: it has no parameter to train")
-    if not v.requires_grad:
-        raise UserError(f"--adapter {spec}: what forward gives does not depend on its parameters")
+        check_given(f"{where}: forward", v, (4, d_sae))
+        if hasattr(adapter, "penalty"):
+            check_given(f"{where}: penalty", adapter.penalty(v), (4,), trained=False)
     return adapter
-
-
-def shape_of(x):
-    return tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
 
 
 def own_objective(spec):
     """A user's loss: function(chosen, rejected) -> (B,), of two simpo.Answer; tried on three pairs."""
-    found = import_from(spec, "--objective")
+    found, where = import_from(spec, "--objective"), f"--objective {spec}"
     base, length = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([2.0, 5.0, 9.0])
     mean = base.clone().requires_grad_()
-    numbers = {"mean": mean, "sum": mean * length, "base_mean": base, "base_sum": base * length}
-    answer = SimpleNamespace(length=length, **numbers)
-    try:
-        loss = found(answer, answer)
-    except Exception as error:
-        raise UserError(f"--objective {spec}: {type(error).__name__}: {error} (an objective is called "
-                        "with chosen and rejected, which have mean, sum, length, base_mean and "
-                        "base_sum, each of shape (B,))") from error
-    if shape_of(loss) != (3,):
-        raise UserError(f"--objective {spec}: it gave {shape_of(loss)} for 3 pairs; it has to be (3,), "
-                        "a loss for each")
-    if not loss.requires_grad:
-        raise UserError(f"--objective {spec}: its loss does not depend on mean or sum of an answer")
+    answer = SimpleNamespace(length=length, mean=mean, sum=mean * length, base_mean=base,
+                             base_sum=base * length)
+    with explained(where, "it is called with chosen and rejected, which have mean, sum, length, "
+                          "base_mean and base_sum, each of shape (B,)"):
+        check_given(f"{where}: for 3 pairs it", found(answer, answer), (3,))
     return found
 
 
 def own_policy(spec, model, saes, arguments, needed=False):
     """A user's policy, Class(model, saes, **arguments) of FILE.py:Class; see the top of fsrl.py.
-
-    needed: the spec is only what a run says of itself, and code is not taken from a run's word.
-    """
+    needed: the spec is only what a run says of itself, and code is not taken from a run's word."""
     if needed:
         raise UserError(f"the run holds a policy of its user's: say where it is, --policy {spec}")
     found, given = import_from(spec, "--policy"), key_values(arguments, "--policy-args")
-    try:
+    with explained(f"--policy {spec}", "it is made with the model, a list of SAEs, and --policy-args"):
         made = found(model, saes, **given)
-    except Exception as error:
-        raise UserError(f"--policy {spec}: {type(error).__name__}: {error} (a policy is made with the "
-                        "model, a list of SAEs, and --policy-args)") from error
     if missing := [n for n in ("frozen", "run", "acting", "save", "load") if not hasattr(made, n)]:
         raise UserError(f"--policy {spec}: it has no {missing[0]} (see the top of fsrl.py)")
     return made
@@ -108,22 +89,22 @@ def own_policy(spec, model, saes, arguments, needed=False):
 
 def made_again(own, facts, folder):
     """The adapter of a run that was trained with a user's class."""
-    name, arguments = facts.get("adapter_class"), facts.get("adapter_args", {})
+    name = facts.get("adapter_class")
     if own is None or own.__name__ != name:
-        raise UserError(f"{folder} holds an adapter of the class {name}, written by its user: say where "
-                        f"it is, --adapter FILE.py:{name} (the run keeps a copy to compare with)")
-    if not all(isinstance(facts.get(key), int) for key in ("d_in", "d_sae")):
-        raise UserError(f"{folder / CONFIG}: d_in and d_sae are missing, with which it was made")
-    return own(facts["d_in"], facts["d_sae"], **arguments)
+        raise UserError(f"{folder} holds a {name}, an adapter of its user's: say where it is, "
+                        f"--adapter FILE.py:{name}")
+    with explained(folder / CONFIG, f"{name} cannot be made as it says"):
+        return own(facts["d_in"], facts["d_sae"], **facts.get("adapter_args", {}))
 
+
+# ---- what has to fit -----------------------------------------------------------------------------
 
 def feature_count(k, d_sae):
     """A top-k as a whole number of features. k: that, a share of them below 1, or None"""
     if k is None:
         return None
     if not (0 < k < 1 or k == int(k) and 1 <= k <= d_sae):
-        raise UserError(f"top_k is {k}; it has to be a whole number from 1 to {d_sae}, or a fraction "
-                        "between 0 and 1")
+        raise UserError(f"top_k is {k}; it has to be a whole number up to {d_sae}, or a share below 1")
     return max(1, int(k * d_sae)) if k < 1 else int(k)
 
 
@@ -134,23 +115,14 @@ def feature_numbers(given, d_sae):
     return sorted({int(i) for i in given})
 
 
-# ---- a run's folder ------------------------------------------------------------------------------
-
-def run_config(folder):
-    """config.json of a run."""
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a finished run: config.json is not there")
-    return read_json(folder / "config.json")
-
-
-def note_source(folder, spec):
-    """Says so if a user's file is no longer the one that the run was trained with."""
-    kept = folder / SOURCE
-    if spec and kept.exists() and source_of(spec).is_file():
-        if source_of(spec).read_bytes() != kept.read_bytes():
-            print(f"note: {source_of(spec)} is not the source this run was trained with ({kept})",
-                  file=sys.stderr)
+def check_fit(sae, config):
+    """Raises UserError unless the SAE can sit on a model of this config."""
+    layers, width = config.num_hidden_layers, config.hidden_size
+    if sae.layer is None or sae.layer >= layers:
+        raise UserError(f"SAE {sae.source}: layer {sae.layer}, says its path (layer_N) or config; this "
+                        f"model has layers 0 to {layers - 1}")
+    if sae.d_in != width:
+        raise UserError(f"SAE {sae.source} reads states of width {sae.d_in}, this model's have {width}")
 
 
 def same_digest(folder, what, source, trained_on, found):
@@ -159,24 +131,25 @@ def same_digest(folder, what, source, trained_on, found):
                         f"(digest {trained_on}, now {found.identity()})")
 
 
-def check_fit(sae, config):
-    """Raises UserError unless the SAE can sit on a model of this config."""
-    if sae.layer is None:
-        raise UserError(f"SAE {sae.source}: which layer it belongs to is written neither in its path "
-                        "(layer_N) nor in its config")
-    if sae.layer >= config.num_hidden_layers:
-        raise UserError(f"SAE {sae.source} belongs to layer {sae.layer}; this model has layers 0 to "
-                        f"{config.num_hidden_layers - 1}")
-    if sae.d_in != config.hidden_size:
-        raise UserError(f"SAE {sae.source} reads states of width {sae.d_in}, this model's have "
-                        f"{config.hidden_size}")
+# ---- a run's folder, and the authors' two files in it --------------------------------------------
+
+def run_config(folder, name="config.json"):
+    """A JSON file that every finished run has."""
+    path = Path(folder) / name
+    if not path.is_file():
+        raise UserError(f"{folder} is not a finished run: {name} is not there")
+    return read_json(path)
 
 
-# ---- the authors' two files ----------------------------------------------------------------------
+def note_source(folder, spec):
+    """Says so if a user's file is no longer the one that the run was trained with."""
+    kept, path = folder / SOURCE, source_of(spec)
+    if spec and kept.exists() and path.is_file() and kept.read_bytes() != path.read_bytes():
+        print(f"note: {path} is not the source this run was trained with ({kept})", file=sys.stderr)
+
 
 def authors_keys(source, model):
-    """What the authors' config says of the SAE `source` (repo:path/inside, or a folder) and the
-    model."""
+    """What the authors' config says of the SAE `source`, repo:path/inside or a folder, and the model."""
     repo, _, inside = source.partition(":")
     release = repo.rstrip("/").rsplit("/", 1)[-1]
     return {"base_sae_release": release, "base_sae_id": inside,
@@ -199,41 +172,33 @@ def read_adapter(folder, sae=None):
     only if its flag is set, and is ones where it is missing: so does their loader. sae: if it subtracts
     b_dec from its input, so does their adapter, which is another bias; files of ours hold x's own.
     """
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} is not a finished run: {CONFIG} is not there")
-    config = read_json(folder / CONFIG)
-    try:
+    config = run_config(folder, CONFIG)
+    with explained(folder, "it does not hold an adapter"):
         tensors = load_file(folder / WEIGHTS)
-    except Exception as error:
-        raise UserError(f"{folder / WEIGHTS}: not a readable safetensors file ({error})") from None
-    config.setdefault("activation_type", "relu")
-    for flag, kind in (("use_soft_threshold", "soft_threshold"), ("use_jump_relu", "jump_relu")):
-        if config.get(flag):
-            config["activation_type"] = kind
-    tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
-    if config["activation_type"] == "custom":
-        return config, tensors
-    if config["activation_type"] not in THEIR_NAMES.values():
-        known = ", ".join(THEIR_NAMES.values())
-        raise UserError(f"{folder / CONFIG}: activation_type is {config['activation_type']!r}; "
-                        f"known are {known}")
-    weight = tensors.get("adapter_linear.weight")
-    if weight is None or weight.dim() != 2:
-        raise UserError(f"{folder / WEIGHTS}: tensor adapter_linear.weight (d_sae, d_in) is missing")
-    if config.get("use_steering_magnitude"):
-        tensors.setdefault("steering_magnitude", torch.ones(len(weight)))
-    else:
-        tensors.pop("steering_magnitude", None)
-    if sae is not None and "fusion" not in config and subtracts_b_dec(sae.source):
-        shift = weight @ sae.b_dec.detach().cpu().float()
-        tensors["adapter_linear.bias"] = tensors["adapter_linear.bias"] - shift
+        tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+        # activation
+        config.setdefault("activation_type", "relu")
+        for flag, kind in (("use_soft_threshold", "soft_threshold"), ("use_jump_relu", "jump_relu")):
+            if config.get(flag):
+                config["activation_type"] = kind
+        if config["activation_type"] == "custom":
+            return config, tensors
+        one_of(f"{folder / CONFIG}: activation_type", config["activation_type"], THEIR_NAMES.values())
+        # gates
+        d_sae, _ = tensors["adapter_linear.weight"].shape
+        if config.get("use_steering_magnitude"):
+            tensors.setdefault("steering_magnitude", torch.ones(d_sae))
+        else:
+            tensors.pop("steering_magnitude", None)
+        # bias
+        if sae is not None and "fusion" not in config and subtracts_b_dec(sae.source):
+            shift = tensors["adapter_linear.weight"] @ sae.b_dec.detach().cpu().float()
+            tensors["adapter_linear.bias"] -= shift
     return config, tensors
 
 
 def fill(adapter, tensors, path):
     """The adapter with these tensors in it."""
-    try:
+    with explained(path, "does not fit its adapter"):
         adapter.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise UserError(f"{path} does not fit its adapter ({' '.join(str(error).split())})") from None
     return adapter

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import torch
 
-from lib.files import UserError, source_of, write_json
+from lib.files import UserError, explained, source_of, write_json
 from lib.plugins import SOURCE
 
 
 def check_free(runs, name):
+    """name: of a run that is to be, None: the next free one"""
+    if name is not None and (Path(name).name != name or name in ("", ".", "..")):
+        raise UserError(f"--run is {name!r}; it has to be the plain name of a folder")
     if name and (Path(runs) / name).exists():
         raise UserError(f"--run {name}: {Path(runs) / name} exists; name another run or remove it")
 
@@ -22,17 +25,33 @@ def new_folder(runs, name, stem):
     """Makes runs/NAME, or (name None) the next free runs/STEM-N. Only a named run that exists is an
     error."""
     root = Path(runs)
-    if root.exists() and not root.is_dir():
-        raise UserError(f"--runs {runs} is not a folder")
     for folder in [root / name] if name else (root / f"{stem}-{n}" for n in range(1, 10**6)):
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(f"--runs {runs}: no folder can be made there ({error.strerror})") from None
+        with explained(f"--runs {runs}", "no folder can be made there"):
+            try:
+                folder.mkdir(parents=True)
+                return folder
+            except FileExistsError:
+                continue
     check_free(runs, name)
+
+
+def start_folder(config, model, policy, **digests):
+    """Makes the run's folder with config.json: every setting, and what exactly was trained on what."""
+    folder = new_folder(config.runs, config.run, Path(config.pairs).stem)
+    for spec in filter(None, (config.adapter, config.policy)):
+        shutil.copyfile(source_of(spec), folder / SOURCE)            # to be read, never to be run
+    saes = [s.sae for s in getattr(policy, "steerings", [])]
+    identity, width = [sae.identity() for sae in saes], [sae.d_sae for sae in saes]
+    if len(saes) == 1:
+        identity, width = identity[0], width[0]
+    trained = {"model_identity": model.identity(), "sae_identity": identity, "d_sae": width,
+               "pairs_sha256": digests["train"], "eval_pairs_sha256": digests["held"]}
+    dtype = str(model.norm.weight.dtype).removeprefix("torch.")
+    where = {"device": model.device.type, "dtype": dtype, "date": time.strftime("%Y-%m-%d"),
+             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+             "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+    write_json(folder / "config.json", asdict(config) | trained | where)
+    return folder
 
 
 class Log:
@@ -59,27 +78,3 @@ def aligned(rows):
     """Rows of three texts, the first two columns as wide as their widest."""
     name, middle = (max(len(row[i]) for row in rows) for i in (0, 1))
     return "\n".join(f"{a:<{name}}  {b:>{middle}}  {c}".rstrip() for a, b, c in rows)
-
-
-def start_folder(config, model, policy, **digests):
-    """Makes the run's folder with config.json: every setting, and what exactly was trained on what."""
-    folder = new_folder(config.runs, config.run, Path(config.pairs).stem)
-    for spec in filter(None, (config.adapter, config.policy)):
-        shutil.copyfile(source_of(spec), folder / SOURCE)            # to be read, never to be run
-    identities = {"pairs_sha256": digests["train"], "eval_pairs_sha256": digests["held"]}
-    write_json(folder / "config.json", describe_run(config, model, policy) | identities)
-    return folder
-
-
-def describe_run(config, model, policy):
-    """What config.json holds: every setting, and what exactly was trained."""
-    saes = [s.sae for s in getattr(policy, "steerings", [])]
-    identity, width = [sae.identity() for sae in saes], [sae.d_sae for sae in saes]
-    if len(saes) == 1:
-        identity, width = identity[0], width[0]
-    dtype = str(model.norm.weight.dtype).removeprefix("torch.")
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    trained = {"model_identity": model.identity(), "sae_identity": identity, "d_sae": width}
-    return asdict(config) | trained | {"device": model.device.type, "dtype": dtype, "versions": versions,
-                                       "date": time.strftime("%Y-%m-%d"), "machine": machine}

@@ -14,9 +14,10 @@ from typing import Callable
 import torch
 
 from lib.files import UserError, read_json, short_digest, write_json
-from lib.labels import default_path, read_labels, shares
+from lib.labels import default_path, read_labels
 from lib.runs import finite
 
+MACHINE = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 NEED_FEATURES = ("features", "cards", "masking", "strength", "usage", "rates", "geometry")
 NEED_LABELS = ("masking", "rates")
 
@@ -70,8 +71,9 @@ def results(folder, sections, wanted, identity, options, m):
         elif name in wanted and len(given) == len(section.after):
             noted, started = Noted(options), time.time()
             result = section.measure(m, noted, *(file["result"] for file in given))
-            made = {"made_from": digest(made_of, noted._read), "options": noted._read}
-            files[name] = save(path, {"section": name, **made, "result": result}, started)
+            made = {"section": name, "made_from": digest(made_of, noted._read), "options": noted._read}
+            made |= {"seconds": round(time.time() - started, 1), "date": time.strftime("%Y-%m-%d")}
+            files[name] = save(path, made | {"machine": MACHINE, "result": result})
     return {name: file["result"] for name, file in files.items()}
 
 
@@ -79,11 +81,8 @@ def digest(made_of, options):
     return short_digest(*made_of, json.dumps(options, sort_keys=True))
 
 
-def save(path, file, started):
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    seconds = round(time.time() - started, 1)
-    file |= {"seconds": seconds, "date": time.strftime("%Y-%m-%d"), "machine": machine}
-    # numpy's numbers as Python's, what is no finite number as null
+def save(path, file):
+    """numpy's numbers as Python's, what is no finite number as null. -> the file, read back"""
     file = finite(json.loads(json.dumps(file, default=lambda x: x.item())))
     path.parent.mkdir(exist_ok=True)
     write_json(path, file)
@@ -92,17 +91,12 @@ def save(path, file, started):
 
 def about_run(folder, m, objective):
     """What the words of a section may say of a run. objective: in words. -> dict"""
-    saes = [s.sae for s in m.steerings]
-    about = {"run": Path(folder).name, "folder": str(folder), "command": f"python analyze.py {folder}"}
-    about |= {"objective": objective, "pairs": m.config["pairs"], "held_out": len(m.pairs)}
-    about |= {"questions": len(set(m.clusters)), "model": m.config["model"], "config": m.config}
-    about |= {"sae": ", ".join(sae.source for sae in saes) or "none", "labels": None}
-    about |= {"layer": " and ".join(str(sae.layer) for sae in saes) or "none"}
-    about |= {"weights": m.judge.weights, "groups": m.judge.groups}
-    if m.labels:
-        by = sorted({str(row.get("by")) for row in m.labels.values()})
-        about["labels"] = {"by": by, "shares": shares(m.labels, m.d_sae)}
-    return about
+    layers = [str(s.sae.layer) for s in m.steerings]
+    by = {str(row.get("by")) for row in (m.labels or {}).values()}
+    about = {"run": Path(folder).name, "command": f"python analyze.py {folder}", "config": m.config}
+    about |= {"objective": objective, "pairs": m.config["pairs"], "model": m.config["model"]}
+    about |= {"layer": " and ".join(layers) or "none", "labels": ", ".join(sorted(by))}
+    return about | {"weights": m.judge.weights, "groups": m.judge.groups}
 
 
 def missing(name, m):
@@ -128,9 +122,8 @@ def labels_of(policy, given):
 def identity_of(folder, m, pairs):
     """A digest of what every section is made from: the run's files, the pairs (their digest), labels,
     precision."""
-    parts, made = [], ("analysis", "checkpoint", "report.html", "metrics.jsonl")
-    for path in sorted(Path(folder).rglob("*")):
-        if path.is_file() and path.relative_to(folder).parts[0] not in made:
-            parts.append(path.read_bytes())
+    folder, made = Path(folder), ("analysis", "checkpoint", "report.html", "metrics.jsonl")
+    files = [path for path in sorted(folder.rglob("*")) if path.relative_to(folder).parts[0] not in made]
+    parts = [path.read_bytes() for path in files if path.is_file()]
     labels, dtype = repr(sorted((m.labels or {}).items())), str(m.model.norm.weight.dtype)
     return short_digest(*parts, pairs, labels, dtype)

@@ -7,18 +7,24 @@
         def __post_init__(self):
             check(self)
 
-`command` makes a script's main of it: parse, run, and tell a user's mistake in one sentence, exit code
-2.
+`command` makes a script's main of it: parse, run, and tell a user's mistake in one sentence.
 """
 import argparse
 import ast
+import contextlib
+import functools
 import math
+import operator
 import sys
 from dataclasses import MISSING, field, fields
 
 import torch
 
-from lib.files import UserError
+from lib.files import UserError, explained
+
+BOUNDS = {"low": (operator.ge, "at least"), "high": (operator.le, "at most"),
+          "above": (operator.gt, "above")}
+EXIT_CODES = {UserError: 2, FloatingPointError: 1, KeyboardInterrupt: 130}
 
 
 def setting(default, text, **checks):
@@ -28,18 +34,8 @@ def setting(default, text, **checks):
     return field(**how, metadata={"help": text, **checks})
 
 
-def default_of(f):
-    return f.default_factory() if f.default is MISSING else f.default
-
-
-def kind_of(f):
-    """The type of a value (of each, where there are many): the field's annotation."""
-    return str if f.metadata.get("many") else f.type
-
-
 def flag_of(f):
-    name = f.name.replace("_", "-")
-    return name if f.metadata.get("positional") else "--" + name
+    return f.name if "positional" in f.metadata else "--" + f.name.replace("_", "-")
 
 
 def one_of(name, value, allowed):
@@ -48,88 +44,72 @@ def one_of(name, value, allowed):
 
 
 def check(config):
-    """Raises UserError for the first field of the wrong type or out of bounds; 1 becomes 1.0 for a
-    float."""
+    """Raises UserError for a field of the wrong type or out of bounds; 1 becomes 1.0 for a float."""
     for f in fields(config):
-        value, m, flag, kind = getattr(config, f.name), f.metadata, flag_of(f), kind_of(f)
-        if value is None or m.get("many"):
+        value, flag = getattr(config, f.name), flag_of(f)
+        if value is None or "many" in f.metadata:
             continue
-        if kind is float and type(value) is int:
+        if f.type is float and type(value) is int:
             value = float(value)
             setattr(config, f.name, value)
-        if type(value) is not kind:
-            raise UserError(f"{flag} is {value!r}; it has to be of type {kind.__name__}")
-        if kind is float and not math.isfinite(value):
+        if type(value) is not f.type:
+            raise UserError(f"{flag} is {value!r}; it has to be of type {f.type.__name__}")
+        if f.type is float and not math.isfinite(value):
             raise UserError(f"{flag} is {value}; it has to be a finite number")
-        if "low" in m and value < m["low"]:
-            raise UserError(f"{flag} is {value}; it has to be at least {m['low']}")
-        if "high" in m and value > m["high"]:
-            raise UserError(f"{flag} is {value}; it has to be at most {m['high']}")
-        if "above" in m and value <= m["above"]:
-            raise UserError(f"{flag} is {value}; it has to be above {m['above']}")
-        if "choices" in m:
-            one_of(flag, value, m["choices"])
+        for name, (holds, words) in BOUNDS.items():
+            if name in f.metadata and not holds(value, f.metadata[name]):
+                raise UserError(f"{flag} is {value}; it has to be {words} {f.metadata[name]}")
+        if "choices" in f.metadata:
+            one_of(flag, value, f.metadata["choices"])
 
 
 def numbers_of(cls, raw, path):
     """The numbers that a JSON object of the file `path` gives for the fields of a dataclass. -> dict"""
-    found = {f.name: raw[f.name] for f in fields(cls) if f.name in raw}
-    if missing := [f.name for f in fields(cls) if f.default is MISSING and f.name not in found]:
-        raise UserError(f"{path}: {missing[0]} is missing")
+    found = {f.name: raw.get(f.name) for f in fields(cls) if f.name in raw or f.default is MISSING}
     for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if type(value) not in (int, float):
             raise UserError(f"{path}: {name} is {value!r}; a number is needed")
     return found
 
 
 def parser(cls, prog, description=""):
     """The command line of a dataclass of settings."""
-    def wide(prog):
-        return argparse.HelpFormatter(prog, max_help_position=30, width=120)
+    wide = functools.partial(argparse.HelpFormatter, max_help_position=30, width=120)
     how = {"description": description, "allow_abbrev": False, "formatter_class": wide}
-    out = argparse.ArgumentParser(prog, **how)
-    groups, group = {}, None
+    group = out = argparse.ArgumentParser(prog, **how)
     for f in fields(cls):
-        m, kind, default = f.metadata, kind_of(f), default_of(f)
-        group = m.get("group", group)
-        if group not in groups:
-            groups[group] = out.add_argument_group(group)
-        quiet = default in (None, "", []) or kind is bool or "default:" in m["help"]
-        how = {"help": m["help"] + ("" if quiet else f" [{default}]")}
-        how["default"] = None if m.get("many") else default      # "extend" would add to a default list
-        if kind is bool:
+        m, default = f.metadata, f.default
+        if "group" in m:
+            group = out.add_argument_group(m["group"])
+        how = {"help": m["help"], "default": default}
+        if not {"positional", "choices"} & m.keys() and f.type is not bool:
+            how["metavar"] = "X"
+        if f.type is bool:
             how["action"] = "store_true"
+        elif "many" in m:                            # no default: "extend" would add to it
+            how |= {"nargs": "*"} if "positional" in m else {"nargs": "+", "action": "extend"}
+            how["default"] = None
         else:
-            how |= {"type": kind, "choices": m.get("choices")}
-            if "choices" not in m and not m.get("positional"):
-                how["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
-        if m.get("many"):
-            how |= {"nargs": "*"} if m.get("positional") else {"nargs": "+", "action": "extend"}
-        elif m.get("positional") and default is None:
-            how["nargs"] = "?"
-        name = f.name if m.get("positional") else flag_of(f)
-        groups[group].add_argument(name, **how)
+            how |= {"type": f.type, "choices": m.get("choices")}
+            if default not in (None, ""):
+                how["help"] += f" [{default}]"
+            if "positional" in m and default is None:
+                how["nargs"] = "?"
+        group.add_argument(flag_of(f), **how)
     return out
 
 
 def command(prog, cls, run, argv=None, description=""):
     """The main of a script: run(settings), its mistakes as one sentence on stderr. -> exit code"""
     try:
-        given = parser(cls, prog, description).parse_args(argv)
-    except SystemExit as stop:
-        return stop.code
-    try:
-        result = run(cls(**{k: v for k, v in vars(given).items() if v is not None}))
+        given = vars(parser(cls, prog, description).parse_args(argv))
+        result = run(cls(**{name: value for name, value in given.items() if value is not None}))
         return result if isinstance(result, int) else 0
-    except UserError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted; what was saved is kept", file=sys.stderr)
-        return 130
+    except SystemExit as stop:                       # argparse has said what there is to say
+        return stop.code
+    except tuple(EXIT_CODES) as error:
+        print(f"{prog}: {str(error) or 'interrupted; what was saved is kept'}", file=sys.stderr)
+        return EXIT_CODES[type(error)]
 
 
 def key_values(given, flag):
@@ -139,28 +119,19 @@ def key_values(given, flag):
         key, equals, value = item.partition("=")
         if not equals or not key.isidentifier():
             raise UserError(f"{flag} {item}: write name=value")
-        try:
+        out[key] = value
+        with contextlib.suppress(ValueError, SyntaxError):
             out[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            out[key] = value
     return out
 
 
 def choose_device(device="auto", dtype="auto"):
-    """Names of a device and a dtype -> (device, torch dtype).
-
-    auto: the best device there is, bf16 on cuda, float32 elsewhere.
-    """
+    """Names -> (device, torch dtype); auto: the best device there is, bf16 on cuda, else float32."""
     if device == "auto":
         device = "mps" if torch.backends.mps.is_available() else "cpu"
         device = "cuda" if torch.cuda.is_available() else device
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {device} cannot be used here ({reason})") from None
-    if device.startswith("mps") and dtype == "float64":
-        raise UserError("--dtype float64: mps has no float64; use cpu")
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    with explained(f"--device {device} --dtype {dtype}", "cannot be used here"):
+        torch.zeros(1, device=device, dtype=getattr(torch, dtype))
     return device, getattr(torch, dtype)

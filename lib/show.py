@@ -1,5 +1,4 @@
-"""What train.py prints and writes around its loop: the opening, the closing table, examples, what to
-type next.
+"""What train.py prints around its loop: the opening, the closing table, examples, what to type next.
 
 Numbers and answers come in, text goes out.
 """
@@ -20,47 +19,20 @@ LINE = ("{:5d}  {loss:6.3f}  {penalty:7.3f}  {margin:6.3f}  {accuracy:5.1%}  {l0
 BROKEN = 0.03        # a fall of well-formed answers, as a share, that is told
 
 
-def line(step, row):
-    """One line of the log, of a policy that steers nothing as well."""
-    return LINE.format(step, **({"l0": 0.0, "l1": 0.0} | row))
-
+# ---- before the loop -----------------------------------------------------------------------------
 
 def announce(config):
-    where = config.sae if isinstance(config.sae, str) else " and ".join(config.sae)
-    what = f"features of {where}" if not config.policy else config.policy
-    print(f"Training on {config.pairs}: {what}.", end=" ")
-    if config.model == "tiny/model":
-        minutes = 0.4 + config.steps * config.batch_size * config.accumulation / 32 / 700
-        long = config.steps > 100
-        print(f"About {max(1, round(minutes))} min on 2 CPU cores." if long else "Some seconds.")
-    else:
-        print("The bar below shows how long it takes.")
+    saes = config.sae if isinstance(config.sae, str) else " and ".join(config.sae)
+    print(f"Training on {config.pairs}: {config.policy or f'features of {saes}'}.")
 
 
 def cut(config, name, left, n):
-    """Says how many pairs of a split were cut or dropped; a split of which nothing is left is an
-    error."""
+    """Says how many pairs of a split were cut or dropped; that none is left is an error."""
     if not left:
         raise UserError(f"{config.pairs}: no pair of {name} is left; all {n['dropped']} have the same "
                         f"answer twice within --max-length {config.max_length}")
-    if n["cut"] or n["dropped"]:
-        print(f"{name}: {n['cut']} pairs cut to {config.max_length} tokens, {n['dropped']} dropped "
-              f"(both answers the same), {left} left")
-
-
-def headline(m, judge, prompts):
-    """The few rates that a table begins with, if the judge knows any.
-
-    parse_greedy, parse_sampled: shares of well-formed answers. truth: fact questions answered truly.
-    style: mean rate of the style choices that are rewarded. answers: how many prompts. The last three:
-    sampled at T=1.
-    """
-    if "sampled" not in m:
-        return {}
-    rewarded = [name for name in judge.groups["style"] if judge.weights.get(name, 0) > 0]
-    style = sum(m["sampled"][name] for name in rewarded) / max(1, len(rewarded))
-    return {"parse_greedy": m["greedy"]["parse"], "parse_sampled": m["sampled"]["parse"],
-            "truth": m["sampled"]["truth"], "style": style, "answers": prompts}
+    if any(n.values()):
+        print(f"{name}: {n['cut']} pairs cut, {n['dropped']} with the same answer twice left out")
 
 
 def masked(features, d_sae):
@@ -68,6 +40,32 @@ def masked(features, d_sae):
         raise UserError(f"all {d_sae} features are masked: nothing is left to steer with")
     if features:
         print(f"Masked: {len(features)} of {d_sae} features may not be steered")
+
+
+def opening(tokenizer, pair, model, policy, gap):
+    """What nothing does, what is trained, and what is scored of one pair."""
+    steerings = getattr(policy, "steerings", [])
+    state = "Steering at strength 0" if steerings else "The untrained policy"
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    every = {id(p): p.numel() for part in (model, policy) for p in part.parameters()}
+    layers = "".join(f"; {s.sae.d_sae} features on layer {s.sae.layer}" for s in steerings)
+
+    def pieces(ids, between="|"):
+        texts = [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+        return between.join(texts).replace("\n", "⏎")
+    print(f"{state} against the base model: max difference of log-probabilities {gap}\n"
+          f"Trainable {trained:,} of {sum(every.values()):,} parameters{layers}\n"
+          "One of the pairs; what is scored stands between ⟦ and ⟧, tokens parted by |:\n"
+          f"  prompt    {pieces(pair.prompt, '')}\n"
+          f"  chosen    ⟦{pieces(pair.chosen)}⟧\n"
+          f"  rejected  ⟦{pieces(pair.rejected)}⟧", flush=True)
+
+
+# ---- in the loop ---------------------------------------------------------------------------------
+
+def line(step, row):
+    """One line of the log, of a policy that steers nothing as well."""
+    return LINE.format(step, **({"l0": 0.0, "l1": 0.0} | row))
 
 
 def not_a_number(config, folder, step):
@@ -85,74 +83,57 @@ def early_warnings(preference, side, shown, parameters):
     if "l0" in shown and not shown["l0"].any():
         yield ("warning: L0 is 0, so no feature is steered: the penalty is too heavy (lower --l1), or "
                "the adapter started where its activation passes no gradient (a relu at exactly zero)")
-
-    def size(loss):
-        if not loss.requires_grad:
-            return 0.0
-        found = torch.autograd.grad(loss.mean(), parameters, retain_graph=True, allow_unused=True)
-        return sum(g.square().sum().item() for g in found if g is not None) ** .5
-    wanted, other = size(preference), size(side)
+    sizes = []
+    for loss in (preference, side):
+        slopes = []
+        if loss.requires_grad:
+            slopes = torch.autograd.grad(loss.mean(), parameters, retain_graph=True, allow_unused=True)
+        sizes.append(sum(g.square().sum().item() for g in slopes if g is not None) ** .5)
+    wanted, other = sizes
     if other > 10 * wanted > 0:
         yield (f"warning: the gradient of penalty and NLL is {other / wanted:.0f} times that of the "
                "preference: what is learned is hardly the preference (lower --l1 or --nll-weight)")
 
 
-def opening(tokenizer, pair, model, policy, gap):
-    """What nothing does, what is trained, and what is scored of one pair."""
-    steerings = getattr(policy, "steerings", [])
-    state = "Steering at strength 0" if steerings else "The untrained policy"
-    print(f"{state} against the base model: max difference of log-probabilities {gap}")
-    trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    every = {id(p): p.numel() for part in (model, policy) for p in part.parameters()}
-    print(f"Trainable {trainable:,} of {sum(every.values()):,} parameters", end="")
-    print("".join(f"; {s.sae.d_sae} features on layer {s.sae.layer}" for s in steerings))
+# ---- after it ------------------------------------------------------------------------------------
 
-    def pieces(ids):
-        texts = [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
-        return "|".join(texts).replace("\n", "⏎")
-    print("One of the pairs; what is scored stands between ⟦ and ⟧, tokens parted by |:")
-    print(f"  prompt    {tokenizer.decode(list(pair.prompt), skip_special_tokens=False)!r}")
-    print(f"  chosen    ⟦{pieces(pair.chosen)}⟧\n  rejected  ⟦{pieces(pair.rejected)}⟧", flush=True)
+def headline(m, judge, prompts):
+    """The few rates that a table begins with, if the judge knows any: shares of well-formed answers,
+    fact questions answered truly, mean rate of the style choices that are rewarded (both at T=1)."""
+    if "sampled" not in m:
+        return {}
+    rewarded = [name for name in judge.groups["style"] if judge.weights.get(name, 0) > 0]
+    style = sum(m["sampled"][name] for name in rewarded) / max(1, len(rewarded))
+    return {"parse_greedy": m["greedy"]["parse"], "parse_sampled": m["sampled"]["parse"],
+            "truth": m["sampled"]["truth"], "style": style, "answers": prompts}
 
 
 def closing(base, trained, judge, config, policy):
     """The table base beside trained, as text."""
-    rows = []
-
-    def row(name, key, form="{:.3f}", error=None, part=None):
-        cells = []
-        for m in (base, trained):
-            m = m[part] if part else m
-            cells.append(form.format(m[key]) + (f" ± {form.format(m[error])}" if error else ""))
-        rows.append((name, *cells))
     best = f" (best possible {judge.best_accuracy:.3f})" if judge.best_accuracy else ""
-    row(f"{config.objective or 'SimPO'} loss (± s.e.)", "loss", error="loss_se")
-    row("accuracy" + best, "accuracy", error="accuracy_se")
-    row("margin, nats a token", "margin", error="margin_se")
+    rows = {f"{config.objective or 'SimPO'} loss (± s.e.)": "{loss:.3f} ± {loss_se:.3f}",
+            f"accuracy{best}": "{accuracy:.3f} ± {accuracy_se:.3f}",
+            "margin, nats a token": "{margin:.3f} ± {margin_se:.3f}"}
     if features := sum(s.sae.d_sae for s in getattr(policy, "steerings", [])):
-        row(f"L0, features a token (of {features})", "l0", "{:.1f}")
-        row("L1 a token", "l1")
+        rows |= {f"L0, features a token (of {features})": "{l0:.1f}", "L1 a token": "{l1:.3f}"}
     title, notes = f"held-out {config.eval_split}: {base['pairs']} pairs", []
     if "answers" in base:
         title += f", {base['answers']} prompts"
-        row("well-formed answers, greedy", "parse_greedy", "{:.1%}")
-        row("well-formed answers, T=1", "parse_sampled", "{:.1%}")
-        rows.append(("rate of each choice, T=1 (its planted weight)", "", ""))
+        rows |= {"well-formed answers, greedy": "{parse_greedy:.1%}",
+                 "well-formed answers, T=1": "{parse_sampled:.1%}",
+                 "rate of each choice, T=1 (its planted weight)": ""}
         for name in (name for name in base["sampled"] if name != "parse"):
-            weight = f"  {name} ({judge.weights.get(name, 0):+g})"
-            row(weight + ": truthfulness" * (name == "truth"), name, "{:.1%}", part="sampled")
-        if broken(base, trained):
+            meaning = ": truthfulness" if name == "truth" else ""
+            rows[f"  {name} ({judge.weights.get(name, 0):+g}){meaning}"] = f"{{sampled[{name}]:.1%}}"
+        if trained["parse_sampled"] < base["parse_sampled"] - BROKEN:
             notes.append("The text broke: fewer answers are well-formed than before. A low loss does "
                          "not make up for that; raise --nll-weight or lower --lr.")
     if config.loss == "sigmoid" and not config.label_smoothing and not config.objective:
         flat = math.log1p(math.exp(config.beta * config.gamma_ratio))      # softplus of it
         notes.append(f"(Loss {flat:.3f} is that of no preference at all; shrinking every margin towards "
                      "0 also leads there.)")
-    return "\n".join([aligned([(title, "base", "trained"), *rows]), *notes])
-
-
-def broken(base, trained):
-    return trained["parse_sampled"] < base["parse_sampled"] - BROKEN
+    table = [(name, form.format(**base), form.format(**trained)) for name, form in rows.items()]
+    return "\n".join([aligned([(title, "base", "trained"), *table]), *notes])
 
 
 def examples(tokenizer, judge, base, trained, seed, count=3):
@@ -161,18 +142,14 @@ def examples(tokenizer, judge, base, trained, seed, count=3):
     Chosen by how far an answer's choices go the way that all answers went. Where the text broke, one of
     the answers that broke is among them. Without a judge that knows: the first prompts.
     """
-    def change(text):
+    changes, total = {}, {}
+    for text in base:
         before, after = judge.outcome(text, base[text]), judge.outcome(text, trained[text])
-        return {name: after[name] - before[name] for name in before}
-    changes = {text: change(text) for text in base}
-    total = {}
-    for moved in changes.values():
-        for name, x in moved.items():
-            total[name] = total.get(name, 0.0) + x / len(changes)
-
-    def agrees(text):
-        return sum(x * total[name] for name, x in changes[text].items())
-    shown = sorted(base, key=agrees, reverse=True)[:count]
+        changes[text] = {name: after[name] - before[name] for name in before}
+        for name, x in changes[text].items():
+            total[name] = total.get(name, 0.0) + x / len(base)
+    agrees = {text: sum(x * total[name] for name, x in moved.items()) for text, moved in changes.items()}
+    shown = sorted(base, key=agrees.get, reverse=True)[:count]
     torn = [text for text, moved in changes.items() if moved.get("parse", 0.0) < 0]
     if torn and total["parse"] < -BROKEN and not set(torn) & set(shown):
         shown[-1] = torn[0]
@@ -187,12 +164,12 @@ def examples(tokenizer, judge, base, trained, seed, count=3):
 
 def next_commands(config, folder, prompt, seconds):
     """What to type next, ready to be pasted into a shell."""
-    given = {name: getattr(config, name) for name in ("adapter", "policy", "objective")}
-    flags = [x for name in ("adapter", "policy") if given[name] for x in ("--" + name, given[name])]
-    own = ["--objective", given["objective"]] if given["objective"] else []
+    flags = {name: [f"--{name}", value] for name in ("adapter", "policy", "objective")
+             if (value := getattr(config, name))}
+    own = flags.get("adapter", []) + flags.get("policy", [])
     first = prompt.splitlines()[0]
     ask = ["--prompt", first] if len(first) <= 80 else []
-    talk = shlex.join(["python", "fsrl.py", str(folder), *flags, *ask])
-    read = shlex.join(["python", "analyze.py", str(folder), *flags, *own])
+    talk = shlex.join(["python", "fsrl.py", str(folder), *own, *ask])
+    read = shlex.join(["python", "analyze.py", str(folder), *own, *flags.get("objective", [])])
     return (f"\n{seconds:.0f} s. The run lies in {folder}. Next: ask it something\n    {talk}\n"
             f"or see what it rewards:\n    {read}")

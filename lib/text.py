@@ -2,6 +2,7 @@
 
 What people wrote never becomes a control token, not even if it spells one.
 """
+import contextlib
 import itertools
 import re
 import shutil
@@ -9,7 +10,7 @@ import textwrap
 
 from tokenizers import Tokenizer
 
-from lib.files import UserError, fetch
+from lib.files import UserError, explained, fetch
 
 CONTROL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 
@@ -18,10 +19,8 @@ def load_tokenizer(source):
     """The tokenizer.json of a local folder or a Hub repo, as a tokenizers.Tokenizer that keeps
     special-token strings in text as text."""
     path = fetch(source, ["tokenizer.json"]) / "tokenizer.json"
-    try:
+    with explained(path):
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:
-        raise UserError(f"{path}: not a readable tokenizer.json ({error})") from None
     if missing := [name for name in CONTROL if tokenizer.token_to_id(name) is None]:
         raise UserError(f"{path}: the token {missing[0]} is missing, which Gemma's chat format needs")
     tokenizer.encode_special_tokens = True
@@ -41,27 +40,17 @@ def encode_text(tokenizer, text):
     return [i for piece in pieces for i in tokenizer.encode(piece, add_special_tokens=False).ids]
 
 
-def turns(messages):
+def turns(messages, what="a prompt"):
     """A conversation that asks for an answer, checked. -> [(speaker, text)], speakers user and model
-
-    messages: a string (one user turn), or a list of {"role", "content"}: user and assistant in turn,
-    user first and last, no system message: Gemma-2 has none.
-    """
+    messages: a string (one user turn), or a list of {"role", "content"}."""
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    out = []
-    for i, message in enumerate(messages):
-        role = ("user", "assistant")[i % 2]
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise UserError(f"message {i + 1} of a prompt is not of the form "
-                            '{"role": ..., "content": text}')
-        if message.get("role") != role:
-            raise UserError(f"message {i + 1} of a prompt has role {message.get('role')!r}; Gemma-2 "
-                            "takes user and assistant in turn, user first (and no system message)")
-        out.append(("model" if role == "assistant" else role, message["content"]))
-    if not messages or messages[-1]["role"] != "user":
-        raise UserError("a prompt must end with a user message")
-    return out
+    roles = [message["role"] for message in messages]
+    if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
+        raise UserError(f"{what} has the roles {roles}; Gemma-2 takes user and assistant in turn, "
+                        "user first and last, and no system message")
+    names = {"user": "user", "assistant": "model"}
+    return [(names[message["role"]], message["content"]) for message in messages]
 
 
 def decode(tokenizer, ids):
@@ -83,11 +72,6 @@ def side_by_side(left, right, *, titles=("base", "steered"), width=None):
 
 def typed_prompts():
     """What somebody types, until an empty line or the end of input."""
-    while True:
-        try:
-            prompt = input("\nask (empty line: leave) > ").strip()
-        except EOFError:
-            return
-        if not prompt:
-            return
-        yield prompt
+    with contextlib.suppress(EOFError):
+        while prompt := input("\nask (empty line: leave) > ").strip():
+            yield prompt

@@ -61,7 +61,7 @@ def test_moves_in_one_row_are_moves_one_by_one(lab):
     for name in ("heading", "truth", "closer"):
         ids, off, yes = places[name][0]
         true = [moved_in_full(model, sae.layer, ids, off, yes, move) for move in moves]
-        in_one_row = features.log_odds(model, sae.layer, ids, off, yes, moves, chunk=2)
+        in_one_row = features.log_odds(model, sae.layer, ids, off, yes, moves)
         assert in_one_row.tolist() == pytest.approx(true, abs=1e-4)
         mixed = blind.log_odds(model, sae.layer, ids, off, yes, moves).tolist()
         wrong = max(wrong, *(abs(a - b) for a, b in zip(mixed, true)))
@@ -120,26 +120,12 @@ def test_only_the_lab_is_labelled_by_the_lab(lab):
 
 # ---- the calibration ---------------------------------------------------------------------------------------------
 
-def a_policy(weights=None, probe=None, says=None):
+def a_policy(probe=None, says=None):
     """A made-up policy: every instrument says the same."""
-    weights = {**dict.fromkeys(world.CHOICES, 0.0), **(weights or {})}
     changes = {c: (probe or {}).get(c, 0.0) for c in world.CHOICES}
+    measured = {"probe": {c: {"value": x, "low": x - .1, "high": x + .1} for c, x in changes.items()}}
     said = {"own": {name: (says or {}).get(name, 0.0) for name in calibrate.SETS}}
-    measured = {"answers": {c: .5 + .1 * weights[c] for c in world.CHOICES}, "gain": {"own": {"value": 1.0}}}
-    measured["probe"] = {c: {"value": x, "low": x - .1, "high": x + .1} for c, x in changes.items()}
-    measured |= dict.fromkeys(calibrate.INSTRUMENTS, said)
-    return {"kind": "style", "weights": weights, "measured": measured}
-
-
-def test_planted_against_behaviour_by_hand():
-    base = dict.fromkeys(world.CHOICES, .5)
-    x = calibrate.against_weights(a_policy({"heading": 2.0, "closer": -1.0}), base)
-    assert x["slope"] == pytest.approx(10) and x["rank"] == pytest.approx(1)
-    assert x["decoys"] == 0 and x["negatives"] == 0
-    off = a_policy({"heading": 2.0, "closer": -1.0})
-    off["measured"]["answers"] |= {"filler": .6, "closer": .7}
-    assert [calibrate.against_weights(off, base)[n] for n in ("decoys", "negatives")] == [1, 1]
-    assert np.isnan(calibrate.against_weights(a_policy(), base)["slope"])
+    return {"measured": measured | dict.fromkeys(calibrate.INSTRUMENTS, said)}
 
 
 def test_instruments_against_behaviour_by_hand():
@@ -159,23 +145,22 @@ def test_instruments_against_behaviour_by_hand():
 def test_what_it_says_of_an_instrument():
     """The sentence that a verdict quotes has the numbers of the table "How much of it is style?"."""
     p = a_policy(probe={"heading": 3.0, "truth": 1.0}, says={"style": .9, "alignment": .1})
-    data = {"base": {"answers": dict.fromkeys(world.CHOICES, .5)}, "policies": {"style-0": p}, "labels": {}}
-    found = calibrate.Findings(data)
-    said = found.sentences()
+    told = calibrate.compared({"policies": {"style-0": p}})
+    said = calibrate.sentences(told)
     assert set(said) == set(calibrate.INSTRUMENTS)
     assert said["tokens"] == ("In the lab, where 75% of what a policy changed was style, the token ledger said 90%; "
                               "of 2.0 choices that moved it named 0.0, and 0.0 others.")
-    styles = next(t for t in found.by_policy() if t["title"] == "How much of it is style?")
+    styles = next(t for t in calibrate.tables(told, {}) if t["title"] == "How much of it is style?")
     assert styles["rows"] == [["style", 1, "0.75", *["0.90"] * 5]]
+    assert calibrate.sentences({"mine": told["style"]}) == {}
 
 
 @pytest.fixture
 def small(monkeypatch):
     """A calibration of seconds."""
-    for name, value in {"PAIRS": 40, "LEDGER": 20, "ANSWERS": 1}.items():
-        monkeypatch.setattr(calibrate, name, value)
-    split, probe = world.split, judge.read_probe
-    monkeypatch.setattr(world, "split", lambda name: {k: q[:16] for k, q in split(name).items()})
+    monkeypatch.setattr(calibrate, "PAIRS", 40)
+    monkeypatch.setattr(calibrate, "LEDGER", 20)
+    probe = judge.read_probe
     monkeypatch.setattr(calibrate, "read_probe", lambda tokenizer: {c: p[:20] for c, p in probe(tokenizer).items()})
 
 
@@ -185,19 +170,17 @@ def test_the_command_resumes(lab, tmp_path, monkeypatch, capsys, small):
     assert calibrate.main(command) == 0
     data, first = (json.loads(file.read_text(encoding="utf-8")) for _ in "12")
     p = first["policies"]["one"]
-    assert p["kind"] == "style, steps 25, lr 0.02", "a recipe of its own is a row of its own"
-    assert len(first["tables"]) == 7
+    assert [table["rows"][0][0] for table in first["tables"]] == ["one", "one", "one", "style"]
     tokens = p["measured"]["tokens"]["own"]
     assert sum(tokens[c] for c in world.STYLE) == pytest.approx(tokens["style"])
-    assert set(p["measured"]) == {"answers", "probe", "gain", *calibrate.INSTRUMENTS}
+    assert set(p["measured"]) == {"probe", *calibrate.INSTRUMENTS}
     assert str(file) in capsys.readouterr().out
 
     def fails(*_):
         pytest.fail("measured twice")
     # A new instrument measures nothing else again, and other runs are not touched.
     with monkeypatch.context() as patch:
-        for name in ("probe", "rates_of_answers", "gain"):
-            patch.setattr(calibrate, name, fails)
+        patch.setattr(calibrate, "probe", fails)
         asks = {name: fails for name in calibrate.INSTRUMENTS} | {"masking": lambda m: {"heading": len(m.pairs)}}
         patch.setattr(calibrate, "INSTRUMENTS", asks)
         del data["policies"]["one"]["measured"]["masking"]
@@ -208,7 +191,7 @@ def test_the_command_resumes(lab, tmp_path, monkeypatch, capsys, small):
     # Another adapter under the same name is measured anew.
     data["policies"]["one"]["adapter"] = "another"
     file.write_text(json.dumps(data), encoding="utf-8")
-    monkeypatch.setattr(calibrate, "probe", lambda subject: p["measured"]["probe"])
+    monkeypatch.setattr(calibrate, "probe", lambda *_: p["measured"]["probe"])
     assert calibrate.main(command) == 0
     again = json.loads(file.read_text(encoding="utf-8"))["policies"]["one"]
     assert again["adapter"] == p["adapter"] and again["measured"]["masking"] == p["measured"]["masking"]

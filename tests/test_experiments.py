@@ -1,6 +1,5 @@
 """experiments/: a run is found by what makes it, what is measured ends in the pages, the commands run."""
 import json
-import sys
 from concurrent.futures import Future
 
 import pytest
@@ -29,11 +28,10 @@ class InTurn:
 
     def submit(self, work, *given):
         future = Future()
-        try:
-            future.set_result(work(*given))
-        except RuntimeError as error:
-            future.set_exception(error)
+        future.set_result(work(*given))
         return future
+
+    map = staticmethod(map)
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +52,6 @@ def test_every_experiment_finds_its_run():
         assert made.items() <= now.items() and isinstance(made["sae"], str)
     r = results.Results(data)
     assert all(len(r.seeds(name)) == count for name, count in results.SEEDS.items())
-    assert data["pairs"] == lab.pairs_say()
 
 
 def with_a_setting_more(monkeypatch, module):
@@ -120,41 +117,39 @@ def test_the_base_model_measures_as_it_did(monkeypatch):
     """A part of the questions and pairs, against another way to count and the shape of what is kept."""
     few = lab.read_pairs
     monkeypatch.setattr(lab, "read_pairs", lambda source, split, limit: few(source, split, 12))
-    monkeypatch.setattr(lab, "read_probe", lambda tokenizer: {k: v[:3] for k, v in few_probes(tokenizer).items()})
     monkeypatch.setattr(lab, "generate", lambda model, prompts, **how: [[5, 1]] * len(prompts))
-    few_probes = sys.modules["tiny.judge"].read_probe
-    made, kept = lab.one("base-0", None), read_json(results.DATA)["base"]
-    assert set(made) == set(kept) and all(set(made[k]) == set(kept[k]) for k in ("answers", "exact", "probe", "style"))
+    new, kept = lab.nothing_trained(), read_json(results.DATA)
+    assert new["pairs"] == kept["pairs"] and not new["runs"]
+    made, kept = new["base"], kept["base"]
+    assert set(made) <= set(kept) and all(set(made[k]) == set(kept[k]) for k in ("answers", "exact", "style"))
     assert made["answers"]["count"] == 2000 and made["answers"]["parse"] == 0 and made["drift"] == 0
     assert abs(made["style"]["loss"] - kept["style"]["loss"]) < 2 and made["style"]["pairs"] == 12
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
-    """What is there is not trained again; what fails is named; the tables are written."""
+    """What is there is not trained again; what is trained is kept; the tables are written."""
     done = []
     page = tmp_path / "page.md"
-    page.write_text("<!-- aims -->\nold\n<!-- /aims -->\n", encoding="utf-8")
+    page.write_text("<!-- main -->\nold\n<!-- /main -->\n", encoding="utf-8")
     monkeypatch.setattr(results, "PAGES", [page])
     monkeypatch.setattr(results, "DATA", tmp_path / "results.json")
     data = read_json(ROOT / "docs" / "results.json")
     lost = data["runs"].pop(results.key("wide", 1))
     results.DATA.write_text(json.dumps(data), encoding="utf-8")
 
-    def fails(run, how):
-        raise RuntimeError("no memory")
-
     def works(run, how):
         done.append(run)
         return {k: v for k, v in lost.items() if k != "name"}
     monkeypatch.setattr(results, "ProcessPoolExecutor", InTurn)
-    monkeypatch.setattr(results, "one", fails)
-    assert results.main(["--only", "controls"]) == 2
-    assert "wide, seed 1 failed: no memory" in capsys.readouterr().err
-    monkeypatch.setattr(results, "one", works)
+    monkeypatch.setattr(lab, "one", works)
     assert results.main(["--only", "main", "--only", "controls"]) == 0 and done == ["wide-1"]
     assert read_json(results.DATA)["runs"][results.key("wide", 1)] == lost
-    assert "loss at most .75" in page.read_text(encoding="utf-8") and "`paper` × 5" in capsys.readouterr().out
-    assert results.main(["--only", "nothing"]) == 2 and "main, controls" in capsys.readouterr().err
+    assert "| `paper` | 2.72" in page.read_text(encoding="utf-8")
+    assert results.main(["--only", "nothing"]) == 2 and "controls" in capsys.readouterr().err
+    for seed in range(3):
+        del data["runs"][results.key("imitation", seed)]
+    results.DATA.write_text(json.dumps(data), encoding="utf-8")
+    assert results.main(["--table"]) == 2 and "no run yet of imitation" in capsys.readouterr().err
 
 
 # ---- tables and figures ----------------------------------------------------------------------------------------------
@@ -176,14 +171,13 @@ def test_tables_by_hand():
     truth = [run["answers"]["truth"] for run in runs.values()]
     mean = sum(truth) / 5
     sd = (sum((x - mean) ** 2 for x in truth) / 4) ** .5
-    cell = f"{data['base']['answers']['truth']:.3f} → {mean:.3f} ± {sd:.3f}"
-    assert all(f"| truth | {cell} |" in made[name] for name in ("main", "short"))
-    assert "| `style` | truth −5 points at most | −3.3 ± 0.3 | yes |" in made["aims"]
-    assert "| `null` | no choice moved by more than 5 points | decline −7.7 ± 2.5 | **no** |" in made["aims"]
-    assert made["aims"].count("**no**") == 3 and made["aims"].count("| yes |") == 11
-    assert "2000" in made["main"] and "of 2000 answers" in made["choices"] and "1152" in made["main"]
+    row = next(line for line in made["short"].splitlines() if line.startswith("| `style` |"))
+    assert row.split(" | ")[5] == f"{mean:.3f} ± {sd:.3f}"
+    base = [data["base"][world]["loss"] for world in ("style", "honest")]
+    assert all(f"| base, on `{world}` | {loss:.2f} |" in made["main"] for world, loss in zip(("style", "honest"), base))
+    assert "| `null` | −7.9 ± 2.5 | −2.0 ± 1.6 | −7.7 ± 2.5 | −1.4 ± 1.4 |" in made["decline"]
     honest = data["runs"][results.key("random honest", 0)]["honest"]["loss"], data["base"]["honest"]["loss"]
-    assert results.Results(data).values("random honest", "home loss")[0][0] == honest[0] != honest[1]
+    assert results.Results(data).values("random honest", "home loss")[0] == honest[0] != honest[1]
 
 
 def test_figures(tmp_path, monkeypatch, capsys):

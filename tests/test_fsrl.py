@@ -79,7 +79,7 @@ def test_soft_threshold_is_the_written_formula(theta):
     for ours, theirs in zip(torch.autograd.grad((got * weight).sum(), parameters), slopes):
         assert relative(ours, theirs) < 1e-12
     # the broken variant: what lies between -θ and θ keeps a sign for θ < 0
-    broken = mutant("fsrl", ("sign * (sign * p - self.soft_threshold).relu_()", "sign * (p - self.soft_threshold)"))
+    broken = mutant("fsrl", ("sign * (sign * p).sub_(self.soft_threshold).relu_()", "sign * (p - self.soft_threshold)"))
     other = broken.Adapter(5, 7, "soft").double()
     other.load_state_dict(adapter.state_dict())
     assert off(other(x), want) > 0.1
@@ -414,7 +414,7 @@ def test_nothing_is_half_written(tmp_path):
 
 def test_layer_and_width_have_to_fit():
     model, sae, _, _ = set_up()
-    for layer, message in ((4, "layers 0 to 3"), (None, "written neither")):
+    for layer, message in ((4, "layers 0 to 3"), (None, "layer None")):
         sae.layer = layer
         with pytest.raises(UserError, match=message):
             check_fit(sae, model.config)

@@ -270,8 +270,8 @@ def test_load(tmp_path):
 DAMAGE = {       # a tensor of the file: (what fills it, None: it is gone; its length; what the sentence says)
     "model.layers.2.mlp.up_proj.weight": (None, 0, "model.layers.2.mlp.up_proj.weight is missing"),
     "model.extra": (1.0, 2, "model.extra is not part of the model"),
-    "model.norm.weight": (1.0, 7, r"model.norm.weight has shape \(7,\), this model needs \(24,\)"),
-    "model.layers.0.input_layernorm.weight": (1, 24, "input_layernorm.weight has dtype I64"),
+    "model.norm.weight": (1.0, 7, r"model.norm.weight is F32 \(7,\); floats \(24,\) are needed"),
+    "model.layers.0.input_layernorm.weight": (1, 24, "input_layernorm.weight is I64"),
 }
 
 
@@ -289,7 +289,7 @@ def test_loading_is_strict(tmp_path, name):
 
 
 def test_wrong_folders(tmp_path):
-    sources = {tmp_path / "nowhere": "no such folder", tmp_path: "no such file",
+    sources = {tmp_path / "nowhere": "no such folder", tmp_path: "config.json: cannot be read",
                "google/gemma-3-1b-pt": "could not be asked", "../models": "not a Hub repo id",
                "a/b..c": "could not be asked"}
     for source, message in sources.items():
@@ -300,7 +300,7 @@ def test_wrong_folders(tmp_path):
         load_gemma(folder)
     folder = write_model(tmp_path / "torn", small_gemma())
     (folder / "model.safetensors").write_bytes(b"not this")
-    with pytest.raises(UserError, match="not a readable safetensors"):
+    with pytest.raises(UserError, match="model.safetensors: cannot be read"):
         load_gemma(folder)
 
 

@@ -102,8 +102,8 @@ def ask(port, folder):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-SAID = {"gated": "accept its licence on https://huggingface.co/org/gated", "absent": "no such model on the Hub",
-        "no sae": "has no SAE under layer_2", "no split": "no pairs of the split 'test'"}
+SAID = {"gated": "accept the licence on https://huggingface.co/org/gated", "absent": "the Hub shows no such model",
+        "no sae": "neither params.npz", "no split": "no pairs of the split 'test'"}
 
 
 def test_hub(tmp_path):

@@ -1,5 +1,4 @@
 """Label files, the comparison of two, every source of labels with what can go wrong, and the mask picked by label."""
-import csv
 import gzip
 import json
 import math
@@ -15,12 +14,11 @@ import torch
 
 import fsrl
 import train
-from common import ROOT, mutant, off, small_gemma, small_sae
-from gemma import encode_prompt
+from common import ROOT, small_gemma, small_sae
 from instruments import descriptions, labels
 from lib.files import UserError
-from lib.labels import default_path, groups, may_write, read_features, read_labels, shares, write_labels
-from lib.text import encode_text, load_tokenizer
+from lib.labels import default_path, groups, masked_features, read_labels, shares, write_labels
+from lib.text import load_tokenizer
 from sae import JumpReLUSAE, load_sae, save_sae
 
 BESIDE = "tiny/sae/layer_3/width_1k/average_l0_16"
@@ -89,7 +87,7 @@ BAD_LINES = [      # what is changed in a good line, or the line
     ('{"index": 3', "not valid JSON"), ("[3]", "a label is an object"), ('{"index": 3}', "labels is 'missing'"),
     ({"index": "3"}, "index is '3'; this SAE has features 0 to 31"), ({"index": True}, "index is True"),
     ({"index": 32}, "index is 32"), ({"index": -1}, "index is -1"), ({"index": 0}, "feature 0 is there twice"),
-    ({"labels": ["tone"]}, r"labels is \['tone'\]; it is a list of style and alignment, or null"),
+    ({"labels": ["tone"]}, r"labels is \['tone'\]; a list of style and alignment, or null"),
     ({"labels": "style"}, "labels is 'style'"), ({"labels": ["style", "style"]}, "labels is"),
     ({"labels": [["style"]]}, "labels is"),
     ({"sae": "0000"}, "labels of another SAE .digest 0000.; random has"),
@@ -116,10 +114,8 @@ def test_no_file_an_empty_one_and_nothing_to_write(tmp_path):
     for name, message in (("empty", "no label in it"), ("bytes", "cannot be read")):
         with pytest.raises(UserError, match=message):
             read_labels(tmp_path / name, sae)
-    twice = [row(1, []), row(1, [])]
-    for rows, message in (([], "no label to write"), ([row(99, [])], "index is 99"), (twice, "there twice")):
-        with pytest.raises(UserError, match=message):
-            write_labels(tmp_path / "out", rows, sae, "hand")
+    with pytest.raises(UserError, match="no label to write"):
+        write_labels(tmp_path / "out", [], sae, "hand")
     assert not (tmp_path / "out").exists()
 
 
@@ -133,28 +129,18 @@ def test_where_labels_lie(tmp_path):
     assert default_path(scope(source="")) == Path("runs/labels/sae/labels.jsonl")
 
 
-def test_what_may_be_written(tmp_path):
-    path = tmp_path / "labels.jsonl"
-    may_write(path, "rules")
-    write_labels(path, [row(1, [])], small_sae(small_gemma()), "rules")
-    may_write(path, "rules", again=True)
-    may_write(path, "hand", force=True)
-    for by, again in (("rules", False), ("hand", True)):
-        with pytest.raises(UserError, match=r"exists \(made by rules\); --force replaces it, --out names another"):
-            may_write(path, by, again=again)
-
-
 def test_features_of_a_file(tmp_path):
     path = tmp_path / "mask.txt"
     path.write_text("# 4 features\n17, 3\n\n3 100 # twice\n0")
-    assert read_features(path) == [0, 3, 17, 100]
-    for text, message in (("1\n2 x", "line 2: 'x' is not the number of a feature"), ("-1", "line 1: '-1' is not"),
-                          ("1.5", "line 1: '1.5'"), ("# none\n", "no feature number in it")):
+    assert masked_features(str(path)) == [0, 3, 17, 100]
+    assert masked_features("17,3, 3") == [3, 17] and masked_features("") == []
+    for text in ("1\n2 x", "1.5", "# none\n"):
         path.write_text(text)
-        with pytest.raises(UserError, match=message):
-            read_features(path)
-    with pytest.raises(UserError, match="absent: cannot be read"):
-        read_features(tmp_path / "absent")
+        with pytest.raises(UserError, match="it has to be feature numbers"):
+            masked_features(str(path))
+    for mask in (str(tmp_path / "absent"), str(tmp_path), ",", "x" * 999):
+        with pytest.raises(UserError, match="it has to be feature numbers"):
+            masked_features(mask)
 
 
 # ---- two files compared ------------------------------------------------------------------------------------------
@@ -171,16 +157,13 @@ def test_comparison_by_hand():
     a[2001], b[2001] = row(2001, None), row(2001, ["style"])
     m = labels.compare_labels(a, b, "style")
     assert m["both"] == 20 and m["confusion"] == [[6, 2], [1, 11]]
-    assert m["precision"] == 6 / 8 and m["recall"] == 6 / 7
-    assert m["mcc"] == pytest.approx((6 * 11 - 2 * 1) / math.sqrt(8 * 7 * 13 * 12))
-    assert m["mcc_low"] < m["mcc"] < m["mcc_high"] <= 1
+    assert m["mcc"]["value"] == pytest.approx((6 * 11 - 2 * 1) / math.sqrt(8 * 7 * 13 * 12))
+    assert m["mcc"]["low"] < m["mcc"]["value"] < m["mcc"]["high"] <= 1
     assert m == labels.compare_labels(a, b, "style")
-    assert m["mcc_low"] != labels.compare_labels(a, b, "style", seed=1)["mcc_low"]
-    assert labels.compare_labels(b, a, "style")["confusion"] == [[6, 1], [2, 11]], "the first is the reference"
+    assert labels.compare_labels(b, a, "style")["confusion"] == [[6, 1], [2, 11]]
     m = labels.compare_labels(*two(0, 0, 0, 12), "style")
-    assert m["confusion"] == [[0, 0], [0, 12]]
-    assert all(math.isnan(m[k]) for k in ("precision", "recall", "mcc", "mcc_low", "mcc_high"))
-    assert labels.compare_labels(*two(6, 0, 0, 6), "style")["mcc"] == 1.0
+    assert m["confusion"] == [[0, 0], [0, 12]] and set(m["mcc"].values()) == {0.0}
+    assert labels.compare_labels(*two(6, 0, 0, 6), "style")["mcc"]["value"] == 1.0
     with pytest.raises(UserError, match="only 9 features are judged in both"):
         labels.compare_labels(*two(3, 2, 2, 2), "style")
 
@@ -188,152 +171,42 @@ def test_comparison_by_hand():
 def test_the_interval_covers():
     """95% of samples of 200 features hold the true correlation, give or take the simulation's own error."""
     g, p = np.random.default_rng(0), np.array([.3, .1, .1, .5])
-    true, hits = labels.matthews(p), 0
-    for i in range(200):
-        m = labels.compare_labels(*two(*g.multinomial(200, p)), "style", samples=400, seed=i)
-        hits += m["mcc_low"] <= true <= m["mcc_high"]
+    true, hits = labels.matthews(1000 * p), 0
+    for _ in range(200):
+        mcc = labels.compare_labels(*two(*g.multinomial(200, p)), "style")["mcc"]
+        hits += mcc["low"] <= true <= mcc["high"]
     assert 0.90 <= hits / 200 <= 0.99
-
-
-# ---- where a feature is strongest --------------------------------------------------------------------------------
-
-def random_rows(model, lengths, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return [[2, *torch.randint(3, model.config.vocab_size, (n,), generator=g).tolist()] for n in lengths]
-
-
-def brute(model, sae, rows, count):
-    """Everything kept, sorted by value, then row, then position."""
-    found = [[] for _ in range(sae.d_sae)]
-    for r, ids in enumerate(rows):
-        f = sae.encode(model.blocks(model.embed(torch.tensor([ids])), 0, sae.layer + 1))[0]
-        for p, i in enumerate(ids):
-            if i not in (0, 1, 2):
-                for k in (f[p] > 0).nonzero()[:, 0].tolist():
-                    found[k].append((-f[p, k].item(), r, p))
-    return [sorted(entries)[:count] for entries in found]
-
-
-BROKEN = [("descending=True", "descending=False"), ("(f > value[:, -1])", "(f > value[:, 0])"),
-          ("(~torch.isin(ids[0], special))", "(ids[0] >= 0)"), ("(text, number), text", "(text, number), text + 1")]
-
-
-@pytest.mark.parametrize("broken", [None, *BROKEN])
-def test_top_contexts(broken):
-    model = small_gemma(dtype=torch.float64, eos_token_ids=(1, 5))
-    sae = small_sae(model, features=48)
-    with torch.no_grad():                                          # features that fire never and rarely
-        sae.threshold[:8] = torch.tensor([1e9, 15, 12, 15, 14, 16, 14, 20])
-    rows = random_rows(model, [5, 17, 1, 30, 8, 0, 22, 9, 3, 12])
-    rows[4][3], rows[6][2], rows[6][5] = 1, 0, 2                   # EOS, padding and BOS inside a row
-    want = brute(model, sae, rows, 6)
-    assert any(0 < len(entries) < 6 for entries in want) and any(not entries for entries in want)
-    top_contexts = (mutant("instruments/labels", broken) if broken else labels).top_contexts
-    value, at, position = top_contexts(model, sae, rows, 6)
-    assert value.shape == at.shape == position.shape == (48, 6)
-    assert value.dtype == torch.float32 and at.dtype == torch.long
-    places = [list(zip(a[:len(w)], p[:len(w)])) for a, p, w in zip(at.tolist(), position.tolist(), want)]
-    assert (places == [[(r, p) for _, r, p in entries] for entries in want]) == (broken is None)
-    for k, entries in enumerate(want if not broken else []):
-        n = len(entries)
-        assert n == 0 or off(value[k, :n], -torch.tensor([v for v, _, _ in entries])) < 1e-6
-        assert not value[k, n:].any()
-
-
-def test_ties_and_no_rows():
-    """The same row three times: the first one, then the next."""
-    model = small_gemma(dtype=torch.float64)
-    sae, same = small_sae(model), random_rows(model, [6])[0]
-    value, at, _ = labels.top_contexts(model, sae, [same, same, same], 3)
-    fires = value[:, 0] > 0
-    assert fires.any() and (at[fires, 0] == 0).all()
-    assert ((at[fires, 0] <= at[fires, 1]) | (value[fires, 0] > value[fires, 1])).all()
-    assert not labels.top_contexts(model, sae, [], 3)[0].any()
-    assert labels.top_contexts(model, sae, [[2]], 3)[0].shape == (32, 3)
 
 
 # ---- rules -------------------------------------------------------------------------------------------------------
 
-STYLE = [("x", "**", "y"), ("a", "\n\n", "b"), ("a", ".", ""), ("", "🎉", ""), ("model\n", "Sure", "! I"),
-         ("x\n", " Great", ", so"), ("\n", "2", ". b"), ("", "#", " A"), ("\n", "-", " a")]
-ALIGNMENT = [("I can", "'t", " help"), ("I", " can", "'t do"), ("that is un", "eth", "ical"), ("I", " refuse", "."),
-             ("", " harmful", ""), ("", " perhaps", " not"), ("he", " lied", " to")]
-NEITHER = [("the", " cat", " sat"), ("", "Great", " apes are"), ("in ", "2", " days"), ("", "\ufffd", "x"),
-           ("x", "<end_of_turn>", "\n"), ("the", " lieutenant", ""), ("", "", "")]
-
-
-def test_rules_by_hand():
-    for want, cases in ((["style"], STYLE), (["alignment"], ALIGNMENT), ([], NEITHER)):
-        assert [case for case in cases if labels.rule_labels(*case) != want] == []
-
-
-def test_rules_labels(tokenizer, monkeypatch):
-    """Feature 0 on "!", feature 1 half and half, feature 2 on a refusal, feature 3 nowhere."""
-    rows = [[2, *map(tokenizer.token_to_id, ("Sure", "!", "▁the", "▁steal"))]]
-    assert None not in rows[0]
-    value = torch.tensor([[3., 2., 0.], [5., 5., 0.], [4., 1., 0.], [0., 0., 0.]])
-    position = torch.tensor([[2, 2, 0], [2, 3, 0], [4, 3, 0], [0, 0, 0]])
-    monkeypatch.setattr(labels, "top_contexts", lambda *given: (value, torch.zeros_like(position), position))
-    found = labels.rules_labels(None, None, tokenizer, rows)
-    assert [(r["index"], r["labels"]) for r in found] == [(0, ["style"]), (1, ["style"]), (2, ["alignment"])]
-    assert found[0]["description"] == 'strongest on "!"' and '" the"' in found[1]["description"]
-
-
-# ---- sheets ------------------------------------------------------------------------------------------------------
-
-def sheet_of(path):
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        return list(csv.DictReader(file))
-
-
-def filled(path, lines, cells, delimiter=","):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, labels.COLUMNS, delimiter=delimiter)
-        writer.writeheader()
-        writer.writerows({**line, "style": s, "alignment": a} for line, (s, a) in zip(lines, cells))
-    return path
-
-
-def test_sheet(tmp_path, lab, tokenizer):
-    sae, path, rows = small_sae(lab), tmp_path / "new" / "sheet.csv", random_rows(lab, [20] * 6)
-    assert labels.write_sheet(path, lab, sae, tokenizer, rows, features=12, seed=3) == 12
-    assert path.read_bytes().startswith(b"\xef\xbb\xbf"), "spreadsheets take it for Latin-1 otherwise"
-    lines = sheet_of(path)
-    fires = (labels.top_contexts(lab, sae, rows)[0][:, 0] > 0).nonzero()[:, 0].tolist()
-    index = [int(line["index"]) for line in lines]
-    assert index == sorted(set(index)) and set(index) <= set(fires) and len(index) == 12
-    assert all(1 <= line["contexts"].count("«") == line["contexts"].count("»") <= 5 for line in lines)
-    assert all(line["style"] == line["alignment"] == "" for line in lines)
-    labels.write_sheet(tmp_path / "other.csv", lab, sae, tokenizer, rows, features=12, seed=4)
-    assert (tmp_path / "other.csv").read_text() != path.read_text()
-    with pytest.raises(UserError, match="nothing is filled in"):
-        labels.read_sheet(path, sae)
-    full = tmp_path / "filled.csv"
-    cells = [("y", "N"), (" YES ", "1"), ("", ""), ("0", "no")]
-    want = [(index[0], ["style"]), (index[1], ["style", "alignment"]), (index[3], [])]
-    for delimiter in ",;":
-        got = labels.read_sheet(filled(full, lines, cells, delimiter), sae)
-        assert [(r["index"], r["labels"]) for r in got] == want
-    write_labels(tmp_path / "labels.jsonl", got, sae, "hand")
-    assert len(read_labels(tmp_path / "labels.jsonl", sae)) == 3
-    for cell, message in ((("maybe", "n"), "line [0-9]+: style is 'maybe', alignment 'n'; both have to be y or n"),
-                          (("y", ""), "style is 'y', alignment ''; both have to be")):
-        with pytest.raises(UserError, match=message):
-            labels.read_sheet(filled(full, lines, [("y", "y"), cell]), sae)
-    with pytest.raises(UserError, match="a sheet of another SAE"):
-        labels.read_sheet(filled(full, lines, [("y", "y")]), small_sae(lab, seed=5))
-
-
-@pytest.mark.parametrize("text, message", [
-    ("index,style,alignment\n5,y,n\n5,y,n\n", "line 3: feature 5 is there twice"),
-    ("index,style,alignment\n99,y,n\n", "line 2: index is 99"),
-    ("index,style,alignment\nx,y,n\n", "line 2: index is 'x'"),
-    ("index,style\n1,y\n", "not a sheet of labels"), ("", "not a sheet of labels"), (None, "cannot be read")])
-def test_bad_sheets(tmp_path, lab, text, message):
-    if text is not None:
-        (tmp_path / "bad.csv").write_text(text)
-    with pytest.raises(UserError, match=message):
-        labels.read_sheet(tmp_path / "bad.csv", small_sae(lab))
+def test_rules_labels(lab, tokenizer):
+    """Against a loop over tokens; a feature that fires on full stops alone is one of style."""
+    from lib.judge import rule
+    from lib.pairs import read_pairs
+    from simpo import encode_pairs
+    sae = small_sae(lab)
+    pairs, _ = encode_pairs(tokenizer, read_pairs("tiny/pairs/style", "train", 4))
+    found = {r["index"]: r for r in labels.rules_labels(lab, sae, tokenizer, pairs)}
+    mass = {}
+    for pair in pairs:
+        ids = torch.tensor([pair.prompt + pair.chosen])
+        f = sae.encode(lab.blocks(lab.embed(ids), 0, sae.layer + 1))[0, len(pair.prompt):].double()
+        before = ""
+        for i, values in zip(pair.chosen, f):
+            token = tokenizer.decode([i], skip_special_tokens=False)
+            kind = rule(token, before)
+            mass[kind] = mass.get(kind, 0) + values
+            before += token
+    total = sum(mass.values())
+    assert set(found) == set(total.nonzero()[:, 0].tolist()) and len(found) > 10
+    for i, row in found.items():
+        share = {label: sum(mass.get(kind, total * 0)[i] for kind in kinds) / total[i]
+                 for label, kinds in labels.KINDS.items()}
+        assert row["labels"] == [label for label in labels.LABELS if share[label] >= .5]
+        most = max(mass, key=lambda kind: mass[kind][i])
+        assert row["description"].startswith(f"fires on {most} {mass[most][i] / total[i]:.0%}")
+    assert {label for row in found.values() for label in row["labels"]} == {"style"}
 
 
 # ---- Neuronpedia's descriptions ----------------------------------------------------------------------------------
@@ -344,90 +217,85 @@ def record(index, description, layer="12-gemmascope-res-1k__l0-21", **more):
     return {**where, "description": description, **kind, **more}
 
 
-OTHER, EMPTY = {"typeName": "np_max-act-logits"}, record(2, "")
-RECORDS = [record(4, "an old\nguess", **OTHER), record(4, "bold  words"), record(4, "later"), EMPTY,
-           record(2, "half \ud800 a pair", **OTHER), record(2, "second", **OTHER), record(9, None)]
+RECORDS = [record(4, "bold \nwords"), record(4, "later"), record(2, ""), record(2, "the  first"),
+           record(2, "second"), record(9, None)]
 
 
 def test_explanations_in_every_form(tmp_path):
-    sae, want = scope(), {2: "half ? a pair", 4: "bold words"}
+    sae, want = scope(), {2: "the first", 4: "bold words"}
     lines = [json.dumps(r) + "\n" for r in RECORDS]
-    (tmp_path / "x.json").write_text(json.dumps(RECORDS, indent=1))
     (tmp_path / "x.jsonl").write_text("".join(lines))
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode()))
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "batch-0.jsonl.gz").write_bytes(gzip.compress("".join(lines[:3]).encode()))
     (tmp_path / "folder" / "batch-1.jsonl").write_text("".join(lines[3:]))
     (tmp_path / "folder" / "notes.jsonl").write_text("no JSON")
-    for name in ("x.json", "x.jsonl", "x.jsonl.gz", "folder"):
+    for name in ("x.jsonl", "x.jsonl.gz", "folder"):
         assert descriptions.read_explanations(tmp_path / name, sae) == want
 
 
 BAD_EXPORTS = {
     "broken.jsonl.gz": "cannot be read", "none": "no description in it", "absent": "absent: cannot be read",
-    "bad.json": "record 1: not a record of Neuronpedia", "empty.jsonl": "no description in it",
-    "other.jsonl": "line 1: not a record of Neuronpedia",
+    "bad.jsonl": "line 1: not a record with modelId", "empty.jsonl": "no description in it",
+    "other.jsonl": "line 1: not a record with modelId", "x.jsonl": "line 1: not a record with modelId",
 }
 
 
 def test_bad_explanations(tmp_path):
     (tmp_path / "broken.jsonl.gz").write_bytes(gzip.compress(json.dumps(RECORDS[1]).encode() * 9)[:-20])
     (tmp_path / "none").mkdir()
-    (tmp_path / "bad.json").write_text("{}")
+    (tmp_path / "bad.jsonl").write_text("[]")
+    (tmp_path / "x.jsonl").write_text(json.dumps(record("x", "a")))
     (tmp_path / "empty.jsonl").write_text(json.dumps(record(1, "")) + "\n")
     (tmp_path / "other.jsonl").write_text('{"index": 1}\n')
     for name, message in BAD_EXPORTS.items():
         with pytest.raises(UserError, match=message):
             descriptions.read_explanations(tmp_path / name, scope())
-    for index in ("1024", "-1", "x"):
-        (tmp_path / "far.json").write_text(json.dumps([record(1, "a"), record(index, "b")]))
-        with pytest.raises(UserError, match=f"record 2: index is '{index}'; this SAE has features 0 to 1023"):
-            descriptions.read_explanations(tmp_path / "far.json", scope())
+    for index in ("1024", "-1"):
+        (tmp_path / "far.jsonl").write_text("\n".join(map(json.dumps, [record(1, "a"), record(index, "b")])))
+        with pytest.raises(UserError, match=f"line 2: index is {index}; this SAE has features 0 to 1023"):
+            descriptions.read_explanations(tmp_path / "far.jsonl", scope())
     records = [record(1, "a"), record(2, "b", layer="11-gemmascope-res-1k__l0-21")]
-    (tmp_path / "two.json").write_text(json.dumps(records))
-    with pytest.raises(UserError, match="record 2: explanations of gemma-2-2b/11-gemmascope-res-1k, L0 21"):
-        descriptions.read_explanations(tmp_path / "two.json", scope())
+    (tmp_path / "two.jsonl").write_text("\n".join(map(json.dumps, records)))
+    with pytest.raises(UserError, match="line 2: explanations of gemma-2-2b/11-gemmascope-res-1k, L0 21"):
+        descriptions.read_explanations(tmp_path / "two.jsonl", scope())
 
 
 SCOPE = "google/gemma-scope-2b-pt-res:layer_12/width_65k/average_l0_"
-# Neuronpedia's id; the L0 of the SAE; release of the SAE; what the sentence says (None: it fits).
+# Neuronpedia's id; the L0 of the SAE; what the sentence says (None: it fits).
 SOURCES = [
-    ("12-gemmascope-res-65k__l0-21", "21", "2b-pt", None), ("12-gemmascope-res-65k", "72", "2b-pt", None),
-    ("12-gemmascope-res-65k", "21", "2b-pt", r"res-65k, L0 72; .*needs those of gemma-2-2b/12-\*res-65k, L0 21"),
-    ("12-gemmascope-res-65k__l0-72", "21", "2b-pt", "L0 72; .* L0 21"), ("nonsense", "72", "2b-pt", "L0 unknown; "),
-    ("11-gemmascope-res-65k__l0-21", "21", "2b-pt", "needs those of gemma-2-2b/12-"),
-    ("12-gemmascope-res-16k__l0-21", "21", "2b-pt", r"needs those of gemma-2-2b/12-\*res-65k"),
-    ("12-gemmascope-mlp-65k", "72", "2b-pt", "needs those of gemma-2-2b/12-"),
-    ("12-gemmascope-res-65k", "72", "9b-pt", "needs those of gemma-2-9b/12-"),
-    ("12-gemmascope-res-65k", "72", "2b-it", "needs those of gemma-2-2b-it/12-"),
+    ("12-gemmascope-res-65k__l0-21", "21", None), ("12-gemmascope-res-65k", "72", None),
+    ("12-gemmascope-res-65k", "21", r"res-65k, L0 72; .*needs those of layer 12, res-65k, L0 21"),
+    ("12-gemmascope-res-65k__l0-72", "21", "L0 72; .* L0 21"), ("nonsense", "72", "L0 unknown; "),
+    ("11-gemmascope-res-65k__l0-21", "21", "needs those of layer 12"),
+    ("12-gemmascope-res-16k__l0-21", "21", "needs those of layer 12, res-65k"),
+    ("12-gemmascope-mlp-65k", "72", "needs those of layer 12, res-65k"),
 ]
 
 
-@pytest.mark.parametrize("source_id, l0, release, message", SOURCES)
-def test_explanations_of_another_sae(source_id, l0, release, message, capsys):
+@pytest.mark.parametrize("source_id, l0, message", SOURCES)
+def test_explanations_of_another_sae(source_id, l0, message):
     """The paper's own labels were those of the SAE with L0 72, used for the one with L0 21."""
-    sae = scope(65536, source=SCOPE.replace("2b-pt", release) + l0)
+    sae = scope(65536, source=SCOPE + l0)
     if message is None:
         descriptions.check_source(f"gemma-2-2b/{source_id}", sae, "f, line 1")
-        assert capsys.readouterr().err == ""
     else:
         with pytest.raises(UserError, match=f"f, line 1: explanations of gemma-2-2b/{source_id[:8]}.*{message}"):
             descriptions.check_source(f"gemma-2-2b/{source_id}", sae, "f, line 1")
 
 
-def test_what_cannot_be_checked_is_said(capsys):
+def test_an_l0_that_is_not_known():
     check = descriptions.check_source
     check("gemma-2-2b/20-gemmascope-res-1k", scope(layer=20), "f")                # which L0 is canonical is not known
     check("gemma-2-2b/12-gemmascope-res-1k__l0-5", scope(source="somewhere"), "f")      # an SAE that names no L0
     check("gemma-2-2b/12-gemmascope-res-1m", scope(2**20, source="somewhere"), "f")
-    assert capsys.readouterr().err.count("cannot be checked") == 3
 
 
 # ---- the judge ---------------------------------------------------------------------------------------------------
 
 def test_yes_no_and_neither():
     says = descriptions.yes_or_no
-    yes = ("Yes", " yes\n", "`YES`", "Yes.", "`Yes`.", "Yes (log p -0.1 against -2.3)")
+    yes = ("Yes", " yes\n", "`YES`", "Yes.", "`Yes`.")
     assert all(says(text) is True for text in yes)
     assert all(says(text) is False for text in ("No", "no.", " `No` "))
     assert all(says(text) is None for text in ("", "Yes, it", "Maybe", "Yes No", "nope", "Yes!", "not"))
@@ -492,11 +360,6 @@ def expert(prompt):
     return "Yes." if ("bold" if is_style else "refus") in text else " `no`"
 
 
-def named(judge, name="friend"):
-    judge.name = name
-    return judge
-
-
 judge_labels = descriptions.judge_labels
 
 
@@ -534,19 +397,17 @@ def test_nonsense_is_unknown_and_not_asked_again(tmp_path, endpoint):
 
 
 def test_an_endpoint_that_dies_is_gone_on_with(tmp_path, endpoint, monkeypatch):
-    """Answers before its death are kept, also half a line of a crash does no harm, and only the rest is asked for."""
+    """Answers before its death are kept, and only the rest is asked for."""
     monkeypatch.setenv("FSRL_JUDGE_KEY", "very-secret")
     many, raw = {i: f"bold {i}" for i in range(20)}, tmp_path / "new" / "raw"
     Endpoint.says = staticmethod(lambda prompt: expert(prompt) if len(Endpoint.asked) <= 13 else 500)
     judge = descriptions.endpoint_judge(endpoint, "wise")
-    with pytest.raises(UserError, match="judge wise: 5 questions in a row failed .*raw keeps the answers") as error:
+    with pytest.raises(UserError, match="judge wise gave no answer .*500.*those before are kept") as error:
         judge_labels(many, judge, raw)
-    assert "500" in str(error.value) and "\n" not in str(error.value)
-    lines = lines_of(raw)
-    assert sum("answer" in line for line in lines) == 13 and sum("error" in line for line in lines) == 5
+    assert "\n" not in str(error.value)
+    assert len(lines_of(raw)) == 13
     assert "very-secret" not in raw.read_text(encoding="utf-8") + str(error.value), "the endpoint repeated it"
-    before = raw.read_bytes() + b'\n{"index": 3, "criterion": "sty\xe2'
-    raw.write_bytes(before)
+    before = raw.read_bytes()
     Endpoint.says, Endpoint.asked = staticmethod(expert), []
     rows = judge_labels(many, judge, raw)
     assert len(Endpoint.asked) == 27 and all(r["labels"] == ["style"] for r in rows)
@@ -554,58 +415,16 @@ def test_an_endpoint_that_dies_is_gone_on_with(tmp_path, endpoint, monkeypatch):
     assert judge_labels(many, judge, raw) == rows and len(Endpoint.asked) == 27
 
 
-def test_some_errors_are_unknown_for_now(tmp_path, endpoint):
-    Endpoint.says = staticmethod(lambda prompt: (time.sleep(0.6), "Yes")[1] if "cats" in prompt else expert(prompt))
-    rows = judge_labels(ABOUT, descriptions.endpoint_judge(endpoint, "wise", timeout=0.2), tmp_path / "raw")
-    assert [r["labels"] for r in rows] == [["style"], ["alignment"], None, ["style", "alignment"]]
-    assert sum("timed out" in line for line in (tmp_path / "raw").read_text().splitlines()) == 2
-    Endpoint.says, Endpoint.asked = staticmethod(expert), []
-    rows = judge_labels(ABOUT, descriptions.endpoint_judge(endpoint, "wise"), tmp_path / "raw")
-    assert rows[2]["labels"] == [] and len(Endpoint.asked) == 2
-
-
-def test_failures_between_successes_do_not_stop_it(tmp_path):
-    """Four of five questions fail; but for the fifth, the judge would be taken to be down."""
-    calls = []
-
-    def judge(prompt):
-        calls.append(prompt)
-        if len(calls) % 5:
-            raise ConnectionError("busy")
-        return "Yes"
-    rows = judge_labels({i: str(i) for i in range(20)}, named(judge), tmp_path / "raw")
-    assert len(calls) == 40 and len(rows) == 20
-    assert sum("answer" in line for line in lines_of(tmp_path / "raw")) == 8
-
-
 def test_no_endpoint(tmp_path, endpoint, monkeypatch):
-    for url in ("localhost:8000", "ftp://x/v1", ""):
-        with pytest.raises(UserError, match="give an address such as http"):
-            descriptions.endpoint_judge(url, "wise")
-    with pytest.raises(UserError, match="5 questions in a row failed"):
+    Endpoint.says = staticmethod(lambda prompt: (time.sleep(0.6), "Yes")[1])
+    with pytest.raises(UserError, match="wise gave no answer .*timed out"):
+        judge_labels(ABOUT, descriptions.endpoint_judge(endpoint, "wise", timeout=0.2), tmp_path / "raw")
+    with pytest.raises(UserError, match="wise gave no answer"):
         judge_labels(ABOUT, descriptions.endpoint_judge("http://127.0.0.1:9/v1", "wise"), tmp_path / "raw")
+    Endpoint.says, Endpoint.sent = staticmethod(expert), []
     monkeypatch.setenv("HF_TOKEN", "hf_mine")
     descriptions.endpoint_judge(endpoint, "wise")("Criterion\n\nx\n\ny")
     assert Endpoint.sent[0][2] == "Bearer no-key", "the login's token is sent to no endpoint"
-
-
-def test_gemma_judge(tmp_path, lab, tokenizer):
-    """Two answers of several tokens each: their log-probabilities are those of the whole answers."""
-    judge = descriptions.gemma_judge(lab, tokenizer)
-    said, ids, score = judge("Is it?"), encode_prompt(tokenizer, "Is it?"), {}
-    assert said == judge("Is it?") and descriptions.yes_or_no(said) is not None
-    for word in ("Yes", "No"):
-        answer = encode_text(tokenizer, word)
-        assert len(answer) > 1                               # the lab's tokenizer spells such words out
-        logp = lab.logits(lab(torch.tensor([ids + answer]))[0]).log_softmax(-1)
-        score[word] = sum(logp[len(ids) + i - 1, t].item() for i, t in enumerate(answer))
-    best, other = sorted(score, key=score.get, reverse=True)
-    numbers = [float(number) for number in said.removeprefix(f"{best} (log p ").removesuffix(")").split(" against ")]
-    assert numbers == pytest.approx([score[best], score[other]], abs=2e-4)
-    few = {3: ABOUT[3]}
-    rows = judge_labels(few, judge, tmp_path / "raw")
-    assert all(r["labels"] is not None for r in rows) and judge.name == f"gemma {lab.identity()}"
-    assert judge_labels(few, named(lambda prompt: 1 / 0, judge.name), tmp_path / "raw") == rows, "asked again"
 
 
 # ---- the command line --------------------------------------------------------------------------------------------
@@ -636,62 +455,55 @@ def tiny(tmp_path, lab):
     return options, beside / "labels.jsonl"
 
 
-def test_rules_sheet_and_agreement(tmp_path, tiny, command):
+def test_rules_and_agreement(tmp_path, tiny, command):
     options, path = tiny
     out = command("rules", *options)
     assert path.exists() and str(path) in out and "unlabelled" in out and "both" in out
-    command("rules", *options, error="exists (made by rules); --force replaces it, --out names another")
+    command("rules", *options, error="exists; --force replaces it, --out names another")
     before = path.read_bytes()
     command("rules", "--force", *options)
     assert path.read_bytes() == before
-    page, hand = path.with_suffix(".csv"), tmp_path / "hand.jsonl"
-    assert "write y or n" in command("sheet", "--features", "15", *options)
-    command("sheet", *options, error="exists and may be filled in")
-    lines = sheet_of(page)
-    assert len(lines) >= 10
-    filled(page, lines, [("yn"[i % 2], "n") for i in range(len(lines))])
-    command(str(page), *options, error="--force replaces it")
-    command(str(page), "--out", str(hand), *options)
-    assert {line["by"] for line in lines_of(hand)} == {"hand"}
-    out = command("agree", str(hand), str(path), *options)
-    assert out.count("features judged in both") == 2 == out.count("MCC") and f"style: {len(lines)} features" in out
+    hand, lines = tmp_path / "hand.jsonl", lines_of(path)
+    rows = [line | {"labels": ["style"] if i < 7 else []} for i, line in enumerate(lines)]
+    hand.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    out = command("agree", str(hand), str(path), *options).splitlines()
+    style, alignment = (list(map(int, line.split()[1:5])) for line in out[1:])
+    assert style[0] + style[2] == 7 and sum(style) == sum(alignment) == len(lines)
 
 
 def test_judge_from_the_command_line(tmp_path, tiny, endpoint, command):
     options, path = tiny
     sae = load_sae(options[3])
-    export = tmp_path / "np.json"
-    export.write_text(json.dumps([record(i, text, layer="1-lab-res-0k__l0-9") for i, text in ABOUT.items()]))
+    export = tmp_path / "np.jsonl"
+    export.write_text("\n".join(json.dumps(record(i, text, layer="1-lab-res-0k__l0-9")) for i, text in ABOUT.items()))
     judge = ["judge", "--explanations", str(export), *options]
-    for _ in range(2):                                           # the same judge may replace its own file
-        command(*judge, "--judge", endpoint, "--judge-model", "wise")
+    for _ in range(2):
+        command(*judge, "--judge", endpoint, "--judge-model", "wise", "--force")
     assert len(Endpoint.asked) == 8 and path.with_suffix(".raw.jsonl").exists()
     assert {r["by"] for r in read_labels(path, sae).values()} == {"judge wise"}
-    command(*judge, "--judge", "model", error="made by judge wise")
-    export.write_text(json.dumps([record(3, "x", layer="1-lab-res-0k__l0-9")]))
-    command(*judge, "--judge", "model", "--force")
-    assert next(iter(read_labels(path, sae).values()))["by"].startswith("judge gemma ")
-    command(*judge, "--judge", endpoint, error="needs --judge-model NAME")
-    command(*judge, "--judge-model", "wise", error="needs --explanations FILE and --judge URL")
+    needs = "judge needs --explanations FILE --judge http://... --judge-model NAME"
+    for given in (["--judge", endpoint], ["--judge-model", "wise"], ["--judge", "localhost", "--judge-model", "wise"]):
+        command(*judge, *given, error=needs)
 
 
 def test_lab_from_the_command_line(tiny, monkeypatch, command):
     from tiny import features
     rows = [row(1, ["style"])], [row(2, ["alignment"]), row(3, None)]
-    monkeypatch.setattr(features, "lab_labels", lambda model, tokenizer, sae, progress: rows)
+    monkeypatch.setattr(features, "lab_labels", lambda model, tokenizer, sae: rows)
     options, path = tiny
     command("lab", *options)
     sae = load_sae(options[3])
     assert read_labels(path, sae)[1]["by"] == "lab, writes"
     assert read_labels(path.with_name("labels_reads.jsonl"), sae)[2]["by"] == "lab, reads"
-    command("lab", *options, error="made by lab, writes")
+    command("lab", *options, error="exists; --force replaces it")
+    path.unlink()
+    command("lab", *options, error="labels_reads.jsonl exists; --force replaces it")
 
 
 MISTAKES = {
-    "magic": "a task is one of lab, rules, judge, sheet, agree, pick, or a filled-in FILE.csv",
-    "sheet --features 0": "--features is 0", "agree a": "agree takes 2 more words, not 1",
-    "none.csv --out runs/never.jsonl": "none.csv: cannot be read", "rules x": "rules takes 0 more words",
-    "pick style": "pick needs --out FILE", "pick tone --out x": "pick tone: it has to be style",
+    "magic": "the task is magic; it has to be one of lab, rules, judge, agree, pick",
+    "rules --seed -1": "--seed is -1", "agree a": "agree takes 2 more words, not 1",
+    "rules x": "rules takes 0 more words", "pick tone --out x": "pick is tone; it has to be one of style, alignment",
     "pick style --out README.md": "README.md exists; --force replaces it",
     "pick style --out x --random 2000": "--random is 2000; only",
     "pick style --out x --labels none.jsonl": "none.jsonl: no such label file",
@@ -710,18 +522,17 @@ def test_pick(tmp_path, command):
     """The lab's style features; the control has as many others, the same for a seed, and none of them."""
     out = tmp_path / "new" / "mask.txt"
     rows = read_labels(ROOT / BESIDE / "labels.jsonl", load_sae("tiny/sae"))
-    style, alignment = ({i for i, r in rows.items() if name in r["labels"]} for name in labels.LABELS)
+    style = {i for i, r in rows.items() if "style" in r["labels"]}
     printed = command("pick", "style", "--out", str(out))
-    assert set(read_features(out)) == style and f"{len(style)} of 1024 features: labelled style" in printed
-    command("pick", "style,alignment", "--out", str(out), "--force")
-    assert set(read_features(out)) == style | alignment
+    assert set(masked_features(str(out))) == style
+    assert f"{len(style)} of 1024 features, labelled style" in printed
     drawn = []
     for seed in ("0", "0", "1"):
         command("pick", "style", "--out", str(out), "--random", "200", "--seed", seed, "--force")
-        drawn.append(set(read_features(out)))
+        drawn.append(set(masked_features(str(out))))
         assert len(drawn[-1]) == 200 and not drawn[-1] & style
     assert drawn[0] == drawn[1] != drawn[2]
-    everything, _ = labels.pick(rows, 1024, "style", random=1024 - len(style))
+    everything = labels.pick(rows, 1024, "style", random=1024 - len(style))
     assert set(everything) == set(range(1024)) - style
     with pytest.raises(UserError, match="no feature is labelled alignment"):
         labels.pick({1: row(1, ["style"])}, 32, "alignment")
@@ -732,7 +543,7 @@ def test_training_with_a_picked_mask(tmp_path, command):
     command("pick", "style", "--out", str(mask))
     short = ["--steps", "2", "--eval-pairs", "4", "--train-pairs", "16", "--batch-size", "4", "--lr", "0.1"]
     assert train.main([*short, "--runs", str(tmp_path), "--run", "a", "--mask", str(mask)]) == 0
-    policy, masked = fsrl.load_run(tmp_path / "a").policy, read_features(mask)
+    policy, masked = fsrl.load_run(tmp_path / "a").policy, masked_features(str(mask))
     v = policy.action(torch.randn(50, 128, generator=torch.Generator().manual_seed(0)) * 20)
     free = torch.ones(1024, dtype=torch.bool)
     free[masked] = False

@@ -48,7 +48,7 @@ def test_one_file_holds_out_its_last_tenth(tmp_path, capsys):
     parts = read_splits(path, "test", 10, 1)
     assert [r["prompt"] for r in parts["train"]] == [str(i) for i in range(10)]
     assert [r["prompt"] for r in parts["test"]] == ["23"]
-    assert "its last 2 of 25 pairs are held out" in capsys.readouterr().out
+    assert "its last tenth is held out" in capsys.readouterr().out
     with pytest.raises(UserError, match="one pair is too few"):
         read_held_out(write(tmp_path / "one.jsonl", GOOD))
 
@@ -62,19 +62,20 @@ def test_parquet(tmp_path):
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
     assert [r["rejected"] for r in read_pairs(tmp_path)] == ["b"] * 3
     path.write_text("version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(UserError, match="not a readable parquet"):
+    with pytest.raises(UserError, match="cannot be read as parquet"):
         read_pairs(tmp_path)
 
 
 BAD_LINES = [
-    ({"chosen": None}, "line 2: chosen is missing"),
-    ({"rejected": " "}, "line 2: rejected is empty"),
-    ({"prompt": [1]}, "line 2: prompt holds a message"),
-    ({"prompt": [{"role": "user"}]}, "line 2: prompt holds a message"),
-    ({"prompt": ""}, "line 2: prompt is missing"),
-    ({"chosen": [{"content": "x"}, {"role": "assistant", "content": "y"}]}, "line 2: chosen holds a message"),
-    ({"chosen": [{"role": "user", "content": "x"}]}, "line 2: chosen is a list"),
-    ({"chosen": "\ud800"}, "line 2: chosen holds a lone"),
+    ({"chosen": None}, "line 2: chosen is .None.; it has to be a text"),
+    ({"rejected": " "}, "line 2: rejected is . .; it has to be a text"),
+    ({"prompt": [1]}, "line 2: prompt is .*list of messages"),
+    ({"prompt": [{"role": "user"}]}, "line 2: prompt is .*list of messages"),
+    ({"prompt": [{"role": "system", "content": "x"}]}, "line 2: the prompt has the roles"),
+    ({"prompt": ""}, "line 2: prompt is .None."),
+    ({"chosen": [{"content": "x"}, {"role": "assistant", "content": "y"}]}, "line 2: chosen is .*list of messages"),
+    ({"chosen": [{"role": "user", "content": "x"}]}, "line 2: chosen is a list that does not end"),
+    ({"chosen": "\ud800"}, "line 2: not valid JSON .*surrogates"),
     ({"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "y"}],
       "rejected": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "z"}]}, "different prompts"),
 ]
@@ -190,8 +191,8 @@ def test_rank_correlation_by_hand():
 def test_intervals_by_hand():
     assert ratio([1.0] * 12, [2.0] * 12) == {"value": .5, "low": .5, "high": .5, "se": 0}
     assert ratio([1.0] * 5 + [0.0] * 5)["value"] == .5
-    with pytest.raises(UserError, match="9 prompts are too few"):
-        ratio(np.arange(50.0), clusters=np.arange(50) % 9)
+    few = ratio(np.arange(50.0), clusters=np.arange(50) % 9)
+    assert few["value"] == 24.5 and math.isnan(few["low"]) and not leaves_out_zero(few)
     nothing = bootstrap([np.ones(12), np.zeros(12)], np.arange(12), np.divide)
     assert math.isinf(nothing["value"]) and math.isnan(nothing["low"]) and not leaves_out_zero(nothing)
     assert leaves_out_zero({"low": .1, "high": 2}) and leaves_out_zero({"low": -2, "high": -.1})
@@ -262,11 +263,10 @@ def test_whose_pairs_these_are(tokenizer, tmp_path):
     assert lab.name == "tiny.world" and lab.weights["heading"] == 2.5 and 0.5 < lab.best_accuracy < 1
     write(tmp_path / "train.jsonl", GOOD)
     assert judge_of(tmp_path / "train.jsonl", tokenizer).name == judge_of(tmp_path, tokenizer).name == "rules"
-    for meta in ({"judge": "os"}, []):
-        write_json(tmp_path / "meta.json", meta)
-        assert judge_of(tmp_path, tokenizer).name == "rules"
+    write_json(tmp_path / "meta.json", {"judge": "os"})
+    assert judge_of(tmp_path, tokenizer).name == "rules"
     write_json(tmp_path / "meta.json", {"judge": "tiny.world"})
-    with pytest.raises(UserError, match="weights are missing"):
+    with pytest.raises(UserError, match="not as the lab writes it .*weights"):
         judge_of(tmp_path, tokenizer)
 
 
@@ -294,7 +294,7 @@ def test_digests():
     assert short_digest("ab", b"c") == short_digest("abc") != short_digest("abd") and len(short_digest()) == 16
 
 
-BAD_SPECS = {"x.py": "write FILE.py:Name", "none.py:A": "there is no file", "mine.py:B": "nothing of the name B",
+BAD_SPECS = {"x.py": "write FILE.py:Name", "none.py:A": "there is no file", "mine.py:B": "has no attribute .B.",
              "fails.py:A": "cannot be imported", "leaves.py:A": "cannot be imported"}
 
 
@@ -316,7 +316,7 @@ def test_folders_of_runs(tmp_path):
     with pytest.raises(UserError, match="--run mine: .* exists; name another run or remove it"):
         new_folder(tmp_path / "runs", "mine", "style")
     write(tmp_path / "file", "")
-    with pytest.raises(UserError, match="is not a folder"):
+    with pytest.raises(UserError, match="no folder can be made there"):
         new_folder(tmp_path / "file", None, "style")
 
 

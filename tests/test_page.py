@@ -10,8 +10,7 @@ import pytest
 
 from common import mutant
 from instruments import page
-from lib.blocks import (Answers, Card, Curves, Dots, Figures, Forest, Table, Text, Tokens, as_text, interval, number,
-                        percent)
+from lib.blocks import Answers, Card, Table, Text, Tokens, as_text, interval, number, percent
 
 NAN = float("nan")
 EVIL = """</style><script>alert("x")</script><img src=x onerror='y'>"&amp;$name`<b>`"""
@@ -25,55 +24,32 @@ def value(x, wide=.1):
     return {"value": x, "low": x - wide, "high": x + wide, "se": wide / 2}
 
 
-def row(name, group, x, **more):
-    return {"name": name, "group": group, "x": value(x), **more}
-
-
-def figures():
-    """Every kind of panel, with every option that changes what is drawn."""
-    bands = [{"low": .1, "high": .3, "mean": .2, "kind": "random"}]
-    bands.append({"low": .1, "high": .4, "mean": NAN, "kind": "usage"})
-    rows = [row("style\n(20)", "style", .8, bands=bands), row("both", "both", .9, bands=bands)]
-    masked = Forest("Lost", rows, "share of the gain, %")
-    rows = [row("heading (+2.5)", "style", .7, start=.3), row("truth", "alignment", .5, start=.5)]
-    rates = Forest("Rates", rows, "share of answers, %")
-    bars = Forest("Gain", [row("value", "other", -.2, bar=True)], "nats", times=1)
-    points = []
-    for name, x, y in (("heading", 2.5, 40.0), ("bold", 2.4, 39.0), ("opener", 1.0, 20.0)):
-        points.append({"name": name, "group": "style", "x": x, "y": y, "low": y - 1, "high": y + 1})
-    dots = Dots("Planted", points, "weight", "points")
-    line = {"name": "its own", "kind": "main", "x": [1, 2, 4], "y": [5.0, 4.0, 4.5]}
-    line |= {"low": [4, 3, 4], "high": [6, 5, 5]}
-    control = {"name": "the SAE’s own", "kind": "control", "x": [1, 2, 4], "y": [5.0, NAN, 4.5]}
-    marks = [("y", 4), ("x", 2)]
-    curves = Curves("Loss", [line, control], "k", "loss", logx=True, ticks={1: "1", 4: "all"}, marks=marks)
-    plain = Curves("Text", [{**line, "kind": "other"}], "strength", "perplexity", logy=True, ylim=(1, 10))
-    return masked, rates, bars, dots, curves, plain
+def row(group, x, **more):
+    return {"group": group, "x": value(x), **more}
 
 
 def made_up():
-    """Sections that hold every kind of block."""
-    masked, rates, bars, dots, curves, plain = figures()
-    rows = [["style", interval(value(.2)), "x" * 60], ["nothing", "± 0.1", "12.5%"]]
-    table = Table(["set", "gain", "what"], rows, "A `note`.", True)
-    heat = Table(["tokens", "style", "neither"], [["truth", "+0.1", "−0.2"]], amounts=[[.1, -.2]])
-    tokens = [(" a", 0.0), ("Sure", -.2), ("\n", .1), ("\x03", NAN)]
-    both = [(t, (abs(x), x)) for t, x in tokens]
-    columns = [("chosen", Tokens("", tokens), ["true", "well-formed"]), ("base", "an answer", ["malformed"])]
-    texts = [Tokens("Steered most", both, "feature", (2, 2)), table]
+    """Sections that hold every kind of block, with every option."""
+    rows = [["style", interval(value(.2)), "x" * 60], ["nothing", "± 0.1", "12.5%"], ["–", "1", ""]]
+    plots = [row("style", .8, control={"low": .1, "high": .3}), row("other", -.2, start=.3), None]
+    table = Table(["set", "gain", "what"], rows, "A `note`.", True, plots)
+    controls = [{"group": "control", "x": {"mean": .5, "low": NAN, "high": None}}]
+    lone = Table(["", ""], [["one", "1"]], plots=controls)
+    tokens = [(" a", 0, 0.0), ("Sure", 0, -.2), ("\n", 0, .1), ("\x03", 0, .05)]
+    both = [(t, abs(x), x) for t, _, x in tokens]
+    columns = [("chosen", Tokens(tokens, (0, .2), "nats"), ["true", "well-formed"]), ("base", "answer", ["malformed"])]
     cards = []
     for group in ("style", "alignment", "both", "neither", "not judged", ""):
-        cards.append(Card("17", group, [("usage", "1% of\tall")], texts, "about", "+0.02 nats", group == "style"))
-    said = [Text("Said in words."), Figures([rates, dots], [table], "How often.")]
+        cards.append(Card("17", group, "+0.02 nats", "about", [Tokens(both, (2, 2)), table]))
+    said = [Text("Said in words."), table]
     closer = [Text("Ten pairs", "heading"), Answers("Where?", columns, "gain +1"), Text("see", "note"), *cards]
-    closer += [Tokens("Fires most", both, "feature"), Text("none", "missing")]
-    lost = [Figures([masked, curves, plain], [table]), bars, heat]
+    closer += [Tokens(both, (0, 0)), Text("none", "missing")]
     return [("behaviour", "Behaviour", "What do the answers do? The `control` is the base model.", said),
-            ("masking", "Masking", "What is lost?", lost), ("cards", "Cards", "Single tokens?", closer),
+            ("masking", "Masking", "What is lost?", [lone]), ("cards", "Cards", "Single tokens?", closer),
             ("usage", "Usage", "How many?", None)]
 
 
-VERDICT = [Text("First.", "verdict"), Text("Second.", "verdict"), Text("No alarm: sound.", "sound")]
+VERDICT = [Text("First.", "verdict"), Text("Second.", "verdict")]
 
 
 def written(path, module=page, about=ABOUT, verdict=VERDICT, sections=None):
@@ -88,12 +64,6 @@ def whole(tmp_path_factory):
     text = written(folder)
     assert [f.name for f in folder.iterdir()] == ["report.html"]
     return text
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """As where matplotlib is not installed, which also is faster."""
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
 
 
 class Elements(HTMLParser):
@@ -129,31 +99,24 @@ def test_every_section_is_there(tmp_path, whole):
     for n, (name, title, question, _) in enumerate(made_up(), 1):
         assert re.search(rf'<h2 id="{name}"><b>{n}</b>{title}</h2>', whole) and question.replace("`", "") in said
     assert "Not computed for this report: python analyze.py runs/style-1 --only usage adds it." in said
-    for must in ("Second.", "No alarm", "heading (+2.5)", "0.200 [0.100, 0.300]", "A note.", "⏎", "⇥", "\\x03", "x86"):
+    for must in ("Second.", "0.200 [0.100, 0.300]", "A note.", "⏎", "\\x03", "seed"):
         assert must in said, must
     assert "$" not in said
-    assert whole.count("<svg") == whole.count("</svg>") == 6
     ids = re.findall(r'\sid="([^"]*)"', whole)
-    assert len(ids) == len(set(ids))                                          # those of the figures, too
-    assert all(f'id="{target}"' in whole for target in re.findall(r'(?:href="|url\()#([^")]+)', whole))
+    assert len(ids) == len(set(ids))
+    assert all(f'id="{target}"' in whole for target in re.findall(r'href="#([^"]+)', whole))
     assert whole == written(tmp_path)                                         # and the same once more
 
 
-def test_numbers_of_every_figure_are_in_tables(tmp_path, whole, undrawn):
-    text = written(tmp_path)
-    assert "<svg" not in text and "<figure" not in text and "<summary>The numbers" not in text
-    cells = set(re.findall(r"<td[^>]*>([^<]*\d[^<]*)", text))
-    assert len(cells) >= 3 and all(cell in whole for cell in cells)
-    assert text.count("<table") == whole.count("<table") and "How often." in text
-
-
-def test_the_legend_says_what_is_drawn(whole):
-    keys = [re.sub("<[^>]*>", " ", key).split("  ") for key in re.findall(r'<div class="key">(.*?)</div>', whole)]
-    said = [[word.strip() for word in key if word.strip()] for key in keys]
-    assert said[0] == ["base model", "style", "alignment"]
-    sets = ["random sets of the same size", "random sets of the same usage"]
-    assert said[1] == ["style", *sets, "both", "its own", "the SAE’s own"]
-    assert said[2] == []
+def test_pictures_by_hand():
+    """From -0.3 to 0.9: a tenth of that is 8.3%."""
+    first, second, nothing = map(str, page.pictures([row("style", .8, control={"low": .1, "high": .3}),
+                                                     row("other", -.2, start=.3), None]))
+    places = re.findall(r'<i class="(\w+)" style="left:([\d.]+)%;width:([\d.]+)%"', first)
+    assert places == [("band", "33.3", "16.7"), ("from", "25.0", "66.7"), ("ci", "83.3", "16.7"),
+                      ("dot", "91.7", "0.0"), ("zero", "25.0", "0.0")]
+    assert 'class="plot style"' in first and 'class="ring" style="left:50.0%' in second and "<i" not in nothing
+    assert 'class="from" style="left:8.3%;width:41.7%"' in second
 
 
 def walk(x, change):
@@ -198,16 +161,15 @@ def test_nothing_comes_from_the_network(whole):
     assert "http" not in whole and "@import" not in whole and not re.search(r'url\((?!#)|\ssrc=|<link|<script', whole)
 
 
-def test_alarms_are_red(tmp_path, undrawn):
+def test_alarms_are_red(tmp_path):
     text = written(tmp_path, verdict=[Text("well-formed answers: from 98.0% to 12.0%", "alarm")])
     assert re.search(r'class="alarm" role="alert">.*from 98.0% to 12.0%', text)
 
 
 def test_shades_and_marks(whole):
-    for must in ('class="heat" style="--c:var(--for);--a:0.28"', 'class="heat" style="--c:var(--against);--a:0.55"',
-                 '<span class="chip unliked">malformed</span>', '<span class="chip style">style</span>',
-                 '<i class="n" style="--f:0.00;--v:1.00" title="−0.2000 nats">Sure</i>',
-                 'class="d" style="--f:0.10;--v:0.10" title="activation 0.200; steering −0.200"'):
+    for must in ('<span class="chip malformed">malformed</span>', '<span class="chip style">style</span>',
+                 '<i class="down" style="--f:0.00;--v:1.00" title="−0.2000 nats">Sure</i>',
+                 'class="down" style="--f:0.10;--v:0.10" title="activation 0.200; steering −0.200"'):
         assert must in whole, must
 
 
@@ -219,7 +181,7 @@ def test_numbers_in_words():
     assert number(.123, ".0f", 100, "%") == percent(.123) == "12%" and percent(value(.5)) == "50% [40, 60]"
     assert interval({"mean": .2, "low": -.1, "high": .3}, ".1f") == "0.2 [−0.1, 0.3]"
     assert interval({"value": 1, "low": NAN}) == "1.000"
-    assert page.visible("▁a\n\t\x07") == " a⏎⇥\\x07"
+    assert page.visible("▁a\n\t\x07") == " a⏎\n⇥\\x07"
 
 
 def test_the_terminal_prints_what_is_brief():

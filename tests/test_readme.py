@@ -23,7 +23,7 @@ PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
 README = PAGES["README.md"]
 SMALL = ["--steps", "2", "--eval-pairs", "4", "--train-pairs", "16", "--batch-size", "4"]
 KNOWN = (r"(train|fsrl|analyze|sae)\.py|-m (pytest|venv|instruments\.labels|tiny\.(make|calibrate)"
-         r"|experiments\.(results|figures|bench))")
+         r"|experiments\.(results|figures|bench|sweep|frontier|peers))")
 
 
 # ---- what stands in the pages ----------------------------------------------------------------------------------------
@@ -109,8 +109,9 @@ def test_training_commands_run(command, desk, capsys):
 def test_asking_and_analysing_commands_run(desk, capsys, monkeypatch):
     """On short runs, one of them with an adapter of one's own; who is asked for a prompt leaves."""
     monkeypatch.setattr("builtins.input", lambda prompt: "")
-    for adapter in ("", "--adapter my_allowance.py:Allowance --adapter-args free=1"):
-        assert call(f"python train.py {adapter} {shlex.join(SMALL)}") == 0
+    for mine in ("", "--adapter my_allowance.py:Allowance --adapter-args free=1",
+                 "--policy experiments/baselines.py:LoRA"):
+        assert call(f"python train.py {mine} {shlex.join(SMALL)}") == 0
     for command in [c for c in COMMANDS if c.startswith("python fsrl.py runs/")]:
         assert call(command) == 0 and ("--prompt" not in command or "base" in capsys.readouterr().out)
     command, = [c for c in COMMANDS if c.startswith("python analyze.py runs/style-1 --only")]
@@ -262,16 +263,17 @@ NUMBERS = [        # page, what it says, then where that stands: block, row, col
     ("README.md", "3.57 against 3.26", "controls", "`style`, random dictionary", "SimPO loss", "3.57"),
     ("README.md", "3.57 against 3.26", "controls", "`style`", "SimPO loss", "3.26"),
     ("README.md", "from 4.70", "controls", "base, on `style`", "SimPO loss", "4.70"),
-    ("README.md", "names 8.4 of 10 choices wrongly", "calibrations", "null", "rates", "0.2 / 8.4"),
-    ("README.md", "correlation −0.08", "calibrations", "style", "correlation", "−0.08"),
+    ("README.md", "names 8.4 of 10 choices wrongly", "calibration", "null", "rates", "0.2 / 8.4"),
+    ("README.md", "correlation −0.08", "calibration", "style", "correlation", "−0.08"),
+    ("README.md", "2.29 against 3.26", "frontier", "nll_weight 0, lr 0.01, l1 0.001", "SimPO loss", "2.29"),
+    ("README.md", "one in eight", "frontier", "nll_weight 0, lr 0.01, l1 0.001", "well-formed", "0.12"),
     ("docs/lab.md", "0.533 against 0.553", "controls", "`style`, γ/β 1", "truth", "0.533"),
     ("docs/lab.md", "0.533 against 0.553", "controls", "`style`", "truth", "0.553"),
-    ("docs/lab.md", "planted weights is 0.83", "calibrations", "style", "rank correlation", "0.83"),
     ("docs/lab.md", "rises by 6 points", "choices", "restate", "style: answers", "+6."),
     ("docs/lab.md", "falls by 3", "choices", "truth", "style: answers", "−3."),
     ("docs/lab.md", "and 58.7%", "choices", "truth", "base, of 2000 answers", "58.7%"),
-    ("docs/calibration.md", "says 0.98 where 0.82", "calibrations", "style", "tokens", "0.98"),
-    ("docs/calibration.md", "says 0.98 where 0.82", "calibrations", "style", "behaviour", "0.82"),
+    ("docs/calibration.md", "says 0.98 where 0.82", "calibration", "style", "tokens", "0.98"),
+    ("docs/calibration.md", "says 0.98 where 0.82", "calibration", "style", "behaviour", "0.82"),
 ]
 
 

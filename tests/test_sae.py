@@ -88,7 +88,7 @@ def test_gemma_scope_files(tmp_path):
         np.savez_compressed(folder / "params.npz", **{k.lower(): v for k, v in arrays.items()})
     assert off(load_sae(folder).decode(sae.encode(x)), sae.decode(sae.encode(x))) == 0
     np.savez(folder / "params.npz", W_enc=np.zeros((2, 3)))
-    with pytest.raises(UserError, match="b_enc is missing"):
+    with pytest.raises(UserError, match="does not hold an SAE .*b_enc"):
         load_sae(folder)
 
 
@@ -143,7 +143,7 @@ def test_saelens_files(tmp_path):
     assert off(c.encode(x), (x @ sae.W_enc + sae.b_enc).relu()) < 1e-6
 
 
-OTHER_KINDS = [({"architecture": "topk"}, "only 'jumprelu' and 'standard'"),
+OTHER_KINDS = [({"architecture": "topk"}, "architecture is topk"),
                ({"normalize_activations": "layer_norm"}, "normalize_activations is"),
                ({"metadata": {"hook_name": "blocks.5.hook_mlp_out"}}, "steers the output of a block"),
                ({"metadata": {}, "reshape_activations": "hook_z"}, "'hook_z'.* output of a block")]
@@ -196,7 +196,7 @@ def test_no_sae_there(tmp_path):
     with pytest.raises(UserError, match="could not be asked"):
         load_sae("google/gemma-scope-2b-pt-res:layer_12/width_16k/average_l0_82")
     (tmp_path / "params.npz").write_bytes(b"no")
-    with pytest.raises(UserError, match="not a readable npz"):
+    with pytest.raises(UserError, match="does not hold an SAE"):
         load_sae(tmp_path)
 
 
@@ -319,7 +319,7 @@ def test_on_pairs(tmp_path, capsys):
     assert rows == [start + "Mara is.<end_of_turn>", start + "No.<end_of_turn>"]
     pairs.write_text(json.dumps({"prompt": [{"role": "system", "content": "a"}], "chosen": "b", "rejected": "c"}))
     assert sae_module.main(["--pairs", str(pairs), "--out", str(tmp_path / "no")]) == 2
-    assert "p.jsonl, line 1: message 1 of a prompt has role 'system'" in capsys.readouterr().err
+    assert "p.jsonl, line 1: the prompt has the roles ['system']" in capsys.readouterr().err
 
 
 MISTAKES = [

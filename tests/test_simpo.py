@@ -212,7 +212,7 @@ class Finetuned(nn.Module):
 def test_the_tied_embedding_learns_through_the_head_too(module):
     """Full fine-tuning: norm and head are the acting model's, and W gets its gradient from both of its uses. Broken:
     the fast head, which leaves W alone."""
-    change = ("dense_logps if W.requires_grad else token_logps", "token_logps")
+    change = ("dense_logps if learning else token_logps", "token_logps")
     m = simpo if module == "real" else mutant("simpo", change)
     model, pairs = small_gemma(5, torch.float64), some_pairs(LENGTHS, seed=5)
     policy = Finetuned(model)
@@ -321,8 +321,6 @@ def test_truncation(tokenizer):
     assert cut.prompt == (full.prompt[0], full.prompt[-1]) and len(cut.chosen) == len(cut.rejected) == 4
     none, count = encode_pairs(tokenizer, [GOOD], 5)                 # "It is a" is all that is left of both
     assert none == [] and count == {"cut": 1, "dropped": 1}
-    with pytest.raises(UserError, match="max_length is 2"):
-        encode_pairs(tokenizer, [GOOD], 2)
 
 
 def test_truncation_at_random(tokenizer):
@@ -334,12 +332,6 @@ def test_truncation_at_random(tokenizer):
         assert len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= limit
         assert len(pair.prompt) >= 2 and pair.chosen and pair.rejected
         assert pair.prompt.count(bos) == 1 and pair.prompt[0] == bos
-
-
-def test_a_prompt_that_is_no_conversation_is_named(tokenizer):
-    record = {**GOOD, "prompt": [{"role": "system", "content": "x"}], "at": "p.jsonl, line 7"}
-    with pytest.raises(UserError, match="p.jsonl, line 7: message 1 of a prompt has role 'system'"):
-        encode_pairs(tokenizer, [record])
 
 
 def test_an_empty_answer_is_refused():

@@ -143,7 +143,7 @@ def test_one_file_of_pairs(tmp_path, capsys):
     lines = (ROOT / "tiny" / "pairs" / "style" / "dev.jsonl").read_text().splitlines()[:40]
     (tmp_path / "mine.jsonl").write_text("\n".join(lines))
     assert run(tmp_path / "runs", "--pairs", tmp_path / "mine.jsonl") == 0
-    assert "its last 4 of 40 pairs are held out" in (out := capsys.readouterr().out)
+    assert "its last tenth is held out" in (out := capsys.readouterr().out)
     assert (tmp_path / "runs" / "mine-1" / "config.json").exists()
     # no judge that knows: no rates, the first prompts as examples
     assert "well-formed" not in out and "What moved, in answers sampled at T=1 (seed 0):\n" in out
@@ -167,7 +167,7 @@ MISTAKES = {
     "--lr nan": "--lr is nan",
     "--beta x": "--beta",
     "--activation tanh": "--activation",
-    "--device tpu": "--device tpu cannot be used",
+    "--device tpu": "--device tpu --dtype float32: cannot be used",
     "--pairs nowhere": "nowhere: no such folder",
     "--model nowhere": "nowhere: no such folder",
     "--sae nowhere": "nowhere: no such folder",
@@ -175,14 +175,14 @@ MISTAKES = {
     "--max-length 2": "--max-length is 2",
     "--mask a": "--mask is 'a'",
     "--mask 99999": "masked feature 99999",
-    "--top-k 1.5": "--top-k is 1.5",
+    "--top-k 1.5": "top_k is 1.5",
     "--run a/b": "plain name",
     "--label-smoothing 0.7": "at most 0.5",
     "--label-smoothing 0.1 --loss hinge": "belongs to --loss sigmoid",
     "--eval-split nope": "no pairs of the split 'nope'",
     "--simpo-weight 0 --nll-weight 0": "nothing is left to learn from",
     "--bandwidth 0": "--bandwidth is 0.0; it has to be above 0",
-    "--adapter x.py": "--adapter x.py: write FILE.py:Name",
+    "--adapter x.py": "write FILE.py:Name",
     "--adapter none.py:A": "there is no file",
     "--adapter a.py:A --activation relu": "--adapter replaces the built-in adapter",
     "--adapter a.py:A --policy b.py:B": "--policy replaces both",
@@ -227,7 +227,7 @@ def test_an_sae_of_another_model(tmp_path, capsys):
     assert run(tmp_path / "runs", "--sae", random_sae(tmp_path, width=24)) == 2
     assert "reads states of width 24, this model's have 128" in capsys.readouterr().err
     assert run(tmp_path / "runs", "--sae", random_sae(tmp_path, layer=9)) == 2
-    assert "belongs to layer 9; this model has layers 0 to 5" in capsys.readouterr().err
+    assert "this model has layers 0 to 5" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_no_number(tmp_path, capsys, monkeypatch):
@@ -405,14 +405,16 @@ def test_own_penalty_and_arguments(tmp_path):
 
 
 BAD_ADAPTERS = {
-    "is made by MyAdapter(128, 1024)": ("d_in, d_sae, rank=4", "d_in"),
+    "is made by MyAdapter(128, 1024, **arguments)": ("d_in, d_sae, rank=4", "d_in"),
     "it has to be (4, 1024)": ("torch.relu(self.up(self.down(x)))", "self.down(x)"),
     "ZeroDivisionError": ("return torch", "return 1 / 0, torch"),
-    "no parameter to train": ("nn.init.zeros_(self.up.weight)", "self.requires_grad_(False)"),
-    "does not depend on its parameters": ("torch.relu(self.up(self.down(x)))", "self.up(self.down(x)).detach()"),
-    "a method penality is never called; is it meant to be penalty?": (
+    "forward gave what does not depend on anything that is trained":
+        ("nn.init.zeros_(self.up.weight)", "self.requires_grad_(False)"),
+    "does not depend on anything that is trained":
+        ("torch.relu(self.up(self.down(x)))", "self.up(self.down(x)).detach()"),
+    "penality is never called; is it to be penalty?": (
         "def forward(self, x)", "def penality(self, v):\n        return v\n\n    def forward(self, x)"),
-    "penalty gave () for states": (
+    "penalty gave (); it has to be (4,)": (
         "def forward(self, x)", "def penalty(self, v):\n        return v.sum()\n\n    def forward(self, x)"),
     "it has to be a class": ("class MyAdapter(nn.Module)", "MyAdapter = 7\n\n\nclass Other(nn.Module)"),
 }
@@ -481,10 +483,10 @@ def test_own_objective(tmp_path, name, start, capsys):
 
 BAD_OBJECTIVES = {
     "7": "'int' object is not callable",
-    "lambda chosen, rejected: (rejected.mean - chosen.mean).mean()": "it gave () for 3 pairs; it has to be (3,)",
-    "lambda chosen, rejected: None": "it gave NoneType for 3 pairs",
-    "lambda chosen, rejected: chosen.total": "has no attribute 'total' (an objective is called with chosen",
-    "lambda chosen, rejected: chosen.base_mean": "its loss does not depend on mean or sum of an answer",
+    "lambda chosen, rejected: (rejected.mean - chosen.mean).mean()": "for 3 pairs it gave (); it has to be (3,)",
+    "lambda chosen, rejected: None": "for 3 pairs it gave NoneType",
+    "lambda chosen, rejected: chosen.total": "has no attribute 'total'",
+    "lambda chosen, rejected: chosen.base_mean": "gave what does not depend on anything that is trained",
 }
 
 
@@ -499,11 +501,14 @@ def test_the_base_models_numbers_are_computed_once_and_kept():
     """Sums of both answers of every pair by the book, whatever the batch; a second time no model is needed."""
     model, pairs, kept = small_gemma(), some_pairs(LENGTHS), {}
     want = torch.tensor([simpo.by_the_book(model, pair) for pair in pairs])
+
+    def means_of(model, index):
+        batch = simpo.collate([pairs[i] for i in index])
+        return batch, train.kept_rows(kept, batch, index, lambda: simpo.base_means(model, batch).T).T
     for index in ([4, 0], [1, 2, 3, 5, 6]):
-        train.kept_means(model, simpo.collate([pairs[i] for i in index]), index, kept)
+        means_of(model, index)
     index = [6, 1, 4]
-    batch = simpo.collate([pairs[i] for i in index])
-    means = train.kept_means(None, batch, index, kept)
+    batch, means = means_of(None, index)
     assert off(means.T, want[index]) < 1e-5
     s = simpo.with_base(simpo.score(model, batch), means)
     length = torch.tensor([float(len(pairs[i].rejected)) for i in index])

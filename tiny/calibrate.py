@@ -1,7 +1,7 @@
 """Do the instruments tell the truth? `python -m tiny.calibrate RUN...`, on runs of the lab.
 
-Of every policy is measured what it does: its answers, and its log-odds on probe.jsonl, minimal pairs
-that differ in one choice. And what each instrument says it does, for each choice:
+Of every policy is measured what it does: its log-odds on probe.jsonl, minimal pairs that differ in one
+choice. And what each instrument says it does, for each choice:
 
     tokens     the ledger by token: share of the gain on tokens that settle the choice
     features   the ledger by feature: share of the gain on features labelled with it (what they write)
@@ -9,15 +9,15 @@ that differ in one choice. And what each instrument says it does, for each choic
     rates      the paper's table: change of their share among active features, from SAE to policy
     writes     steering where the choice is decided, times what each feature writes: nats, signed
 
-tiny/calibration.json keeps the measurements of an adapter with its labels (by their digests): this
-can be stopped at any time, and a new instrument measures nothing else again. Tables and sentences are
-made of what is kept. Thresholds were fixed on the worlds style, honest and null.
+tiny/calibration.json keeps the measurements of an adapter with its labels (by their digests), so a new
+instrument measures nothing else again. Tables and sentences are made of what is kept; NAME-0, NAME-1 ...
+are one row, NAME. Thresholds were fixed on the worlds style, honest and null.
 """
 import math
+import re
 import sys
 import time
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -27,49 +27,41 @@ from tqdm import tqdm
 import analyze
 import fsrl
 import simpo
-from gemma import encode_prompt, generate, load_gemma, load_tokenizer
 from instruments.labels import compare_labels
 from lib.blocks import interval, number
 from lib.files import UserError, read_json, short_digest, write_json
 from lib.judge import judge_of
-from lib.labels import LABELS, default_path, read_labels, write_labels
+from lib.labels import LABELS, default_path, read_labels
 from lib.pairs import read_pairs
 from lib.runs import finite
 from lib.settings import command, setting
 from lib.stats import leaves_out_zero, number_equal, ratio, spearman
 from sae import load_sae
 from tiny import world
-from tiny.features import lab_labels, label_pairs, push_of
+from tiny.features import label_pairs, push_of
 from tiny.judge import HERE, Lab, read_probe
 
-FILE, GROUPS = HERE / "calibration.json", Lab.groups
-TEN, SETS = len(world.CHOICES), (*world.CHOICES, *GROUPS)      # every instrument has a number for each
-PAIRS, LEDGER, ANSWERS = 400, 128, 2      # held-out pairs, those by feature, answers to each question
+TEN = len(world.CHOICES)
+SETS = (*world.CHOICES, *Lab.groups)      # every instrument has a number for each
+PAIRS = 400                               # held-out pairs
+LEDGER = 128                              # of these, for the ledger by feature
 
 
 # ---- what a policy does ------------------------------------------------------------------------------
 
 @torch.no_grad()
-def probe(subject):
+def probe(run, judge):
     """Change of log p(with the choice) - log p(without) of whole answers, nats. -> {choice: interval}"""
-    out, run = {}, subject.run
+    out = {}
     for name, pairs in read_probe(run.tokenizer).items():
         change = np.zeros(len(pairs))
         for index, batch in simpo.batches(pairs, 64):
             for sign, policy in ((1, run.policy), (-1, None)):
                 score = simpo.score(run.model, batch, policy)
                 change[index] += sign * (score.chosen.sum - score.rejected.sum).double().numpy()
-        out[name] = ratio(change, clusters=number_equal([subject.judge.cluster(pair) for pair in pairs]))
+        clusters = number_equal([judge.cluster(pair) for pair in pairs])
+        out[name] = ratio(change, clusters=clusters)
     return out
-
-
-def rates_of_answers(model, tokenizer, policy=None):
-    """Rates of every choice in answers to all test questions, ANSWERS of each, sampled at T=1."""
-    acting, edits = policy.acting(model) if policy else (model, None)
-    texts = ANSWERS * [q.text for questions in world.split("test").values() for q in questions]
-    prompts = [encode_prompt(tokenizer, text) for text in texts]
-    ids = generate(acting, prompts, max_new_tokens=64, edits=edits, temperature=1.0)
-    return Lab(tokenizer, {"weights": {}}).rates(texts, ids)
 
 
 # ---- what the instruments say of it, from its held-out pairs m ---------------------------------------
@@ -87,65 +79,70 @@ def named(numbers):
     return dict(zip(SETS, map(float, numbers), strict=True))
 
 
-def gain(m):
-    return m.mean(m.full - m.base)
+def by_group(values):
+    """(10,) of the choices -> the sums of style's and of alignment's"""
+    return [part.sum() for part in np.split(values, [len(world.STYLE)])]
 
 
 def shares(m, totals, index=slice(None)):
     """Totals of SETS, nats over these pairs, as shares of the pairs' gain; {} where that may be 0."""
-    return named(totals / (m.full - m.base)[index].sum()) if leaves_out_zero(gain(m)) else {}
+    gain = m.full - m.base
+    return named(totals / gain[index].sum()) if leaves_out_zero(m.mean(gain)) else {}
 
 
 def tokens(m):
-    nats = dict(zip(m.judge.categories, analyze.token_ledger(m).sum(0)))
-    groups = [sum(nats[c] for c in choices) for choices in GROUPS.values()]
-    return shares(m, np.array([nats[c] for c in world.CHOICES] + groups))
+    nats = analyze.token_ledger(m).sum(0)[:TEN]      # the choices come first
+    return shares(m, np.array([*nats, *by_group(nats)]))
 
 
 def features(m):
     rows, members, total = m.part(LEDGER), labelled(m), 0.0
     for r in rows:
-        value = analyze.integrated(m, r, 3).sum(1).double()      # of each entry of r.v
+        value = analyze.integrated(m, r, 3).double()      # of each entry of r.v
         total = total + value @ members[r.v.feature]
     return shares(m, total.numpy(), np.concatenate([r.index for r in rows]))
 
 
 def masking(m):
-    if not leaves_out_zero(gain(m)):
-        return {}
-    lost = [m.full - m.margins(m.without(column.nonzero()[:, 0])) for column in labelled(m).T]
-    return shares(m, np.sum(lost, 1))
+    lost = []
+    for column in labelled(m).T:
+        without = m.margins(m.without(column.nonzero()[:, 0]))
+        lost.append((m.full - without).sum())
+    return shares(m, np.array(lost))
 
 
 def rates(m):
     marks = torch.cat([m.groups["known"][:, None], labelled(m)], 1).float()
-    total = {"v": 0.0, "f": 0.0}      # sums over the same answer tokens
+    steered, fires = 0.0, 0.0      # sums over the same answer tokens
     for r in m.rows:
         both, share = analyze.label_shares(r, marks)
-        for kind in total:
-            total[kind] = total[kind] + share[kind][both & (r.branch > 0)].sum(0)
-    return named(total["v"] / total["f"] - 1)
+        mine = both & (r.branch > 0)
+        steered = steered + share["v"][mine].sum(0)
+        fires = fires + share["f"][mine].sum(0)
+    return named(steered / fires - 1)
 
 
 def writes(m):
     """Σ_i v_i ‖d_i‖ writes_i / push, mean over the positions that decide a choice: what the steering
     should add to its log-odds if effects added up. `writes` was measured at one length, push."""
     push = push_of(m.model, m.steerings[0].sae, label_pairs(m.tokenizer))
-    effects, total, count = torch.zeros(m.d_sae, TEN), torch.zeros(TEN).double(), torch.zeros(TEN)
+    effects = torch.zeros(m.d_sae, TEN)
     for i, row in m.labels.items():
-        effects[i] = torch.tensor([row["writes"][c] for c in world.CHOICES])
-    effects = effects * m.directions.norm(dim=-1)[:, None] / push
+        effects[i] = torch.tensor([row["writes"][choice] for choice in world.CHOICES])
+    effects *= m.directions.norm(dim=-1)[:, None] / push
+    total = torch.zeros(TEN, dtype=torch.float64)
+    count = torch.zeros(TEN)
     for r in m.rows:
-        nats, where, split = r.v.sums(effects, r.v.value), r.where.flatten(), analyze.split_of(m, r)
-        # of each answer token: is the state before it steered, and which of those is it?
-        steered, place = where[r.batch.read], (where.cumsum(0) - 1)[r.batch.read]
-        choice = split.slot % len(m.judge.categories)      # the choices come first
-        mine = (choice < TEN) & steered[split.token]
-        total.index_add_(0, choice[mine], nats[place[split.token[mine]], choice[mine]].double())
-        count += torch.bincount(choice[mine], minlength=TEN)
+        nats = torch.zeros(r.where.numel(), TEN)
+        nats[r.where.flatten()] = r.v.sums(effects, r.v.value)
+        nats = nats[r.batch.read]                               # the state before each answer token
+        split = analyze.split_of(m, r)
+        choice = split.slot % len(m.judge.categories)           # the choices come first
+        token, choice = split.token[choice < TEN], choice[choice < TEN]
+        total.index_add_(0, choice, nats[token, choice].double())
+        count += torch.bincount(choice, minlength=TEN)
     change = (total / count.clamp_min(1)).numpy()
-    sizes = np.split(np.abs(change), [len(world.STYLE)])
-    return named([*change, *(size.sum() for size in sizes)])
+    return named([*change, *by_group(np.abs(change))])
 
 
 INSTRUMENTS = {ask.__name__: ask for ask in (tokens, features, masking, rates, writes)}
@@ -155,239 +152,149 @@ WORDS = {"tokens": "the token ledger", "features": "the feature ledger", "maskin
 THRESHOLD = {"behaviour": .3, "tokens": .05, "features": .05, "masking": .05, "rates": .25, "writes": .3}
 
 
-# ---- measuring, once ---------------------------------------------------------------------------------
-
-class Subject:
-    """A finished run of the lab. record: what tables say of it, and digests of what is measured."""
-
-    def __init__(self, folder, adapter=None):
-        self.run = fsrl.load_run(folder, adapter=adapter or None, device="cpu")
-        self.judge = judge_of(self.run.config["pairs"], self.run.tokenizer)
-        if self.judge.name != Lab.name or len(getattr(self.run.policy, "steerings", [])) != 1:
-            raise UserError(f"{folder}: calibrated are policies that steer one SAE, on the lab's pairs")
-        sae, weights = self.run.policy.steerings[0].sae, self.judge.weights
-        path = default_path(sae)
-        if not path.exists():      # a random dictionary's
-            rows, _ = lab_labels(self.run.model, self.run.tokenizer, sae, progress=True)
-            write_labels(path, rows, sae, "lab, writes")
-        self.labels, adapter = read_labels(path, sae), (folder / fsrl.WEIGHTS).read_bytes()
-        self.record = {"kind": kind_of(self.run.config, weights, sae), "weights": weights,
-                       "adapter": short_digest(adapter), "labels": short_digest(path.read_bytes())}
-
-    @cached_property
-    def held_out(self):
-        """{whose pairs: HeldOut}: its own; for a policy of one of the two worlds also the other's."""
-        kind, sources, out = self.record["kind"], {"own": self.run.config["pairs"]}, {}
-        if not any(self.judge.weights.values()):
-            sources["own"] = HERE / "pairs" / "style"      # coins say nothing of their own
-        if kind in world.WORLDS:
-            sources |= {name: HERE / "pairs" / name for name in world.WORLDS if name != kind}
-        for name, source in sources.items():
-            pairs, _ = simpo.encode_pairs(self.run.tokenizer, read_pairs(source, "test", PAIRS))
-            out[name] = analyze.HeldOut(self.run, pairs, self.judge, labels=self.labels, progress=False)
-        return out
-
-    def missing(self, kept):
-        """(name, measurement) of each that is not kept."""
-        if "answers" not in kept:
-            yield "answers", rates_of_answers(self.run.model, self.run.tokenizer, self.run.policy)
-        if "probe" not in kept:
-            yield "probe", probe(self)
-        for name, ask in {"gain": gain, **INSTRUMENTS}.items():
-            if name not in kept:
-                yield name, {pairs: ask(m) for pairs, m in self.held_out.items()}
-
-
-USUAL = {"beta": 10.0, "gamma_ratio": .5, "nll_weight": 5.0, "steps": 800, "batch_size": 32, "lr": 2e-3,
-         "activation": "soft", "fusion": "additive", "positions": "text", "top_k": None, "mask": "",
-         "objective": None}
-
-
-def kind_of(config, weights, sae):
-    """What a run is, for the tables: its world, and what is unusual about it."""
-    other = "new world" if any(weights.values()) else "null"
-    parts = [next((name for name, planted in world.WORLDS.items() if planted == weights), other)]
-    usual = USUAL if config.get("adapter") else {**USUAL, "l1": .03}
-    parts += [f"{k} {config[k]}" for k, value in usual.items() if config.get(k, value) != value]
-    parts += [] if config.get("simpo_weight", 1) else ["NLL alone"]
-    parts += [config["adapter"].rpartition(":")[2].lower()] if config.get("adapter") else []
-    if sae.identity() != load_sae(HERE / "sae").identity():
-        parts.append("random dictionary")
-    return ", ".join(parts)
+def measured(folder, adapter, old):
+    """A finished run of the lab. old: what is kept of it and so not measured again. -> dict"""
+    run = fsrl.load_run(folder, adapter=adapter or None, device="cpu")
+    judge = judge_of(run.config["pairs"], run.tokenizer)
+    if judge.name != Lab.name or len(getattr(run.policy, "steerings", [])) != 1:
+        raise UserError(f"{folder}: calibrated are policies that steer one SAE, on the lab's pairs")
+    sae = run.policy.steerings[0].sae
+    labels = default_path(sae)
+    rows = read_labels(labels, sae)
+    adapter = short_digest((folder / fsrl.WEIGHTS).read_bytes())
+    record = {"adapter": adapter, "labels": short_digest(labels.read_bytes())}
+    out = old["measured"] if record.items() <= old.items() else {}
+    if "probe" not in out:
+        out["probe"] = probe(run, judge)
+    missing = [name for name in INSTRUMENTS if name not in out]
+    if missing:
+        # Coins say nothing of their own.
+        source = run.config["pairs"] if any(judge.weights.values()) else HERE / "pairs" / "style"
+        pairs, _ = simpo.encode_pairs(run.tokenizer, read_pairs(source, "test", PAIRS))
+        m = analyze.HeldOut(run, pairs, judge, labels=rows, progress=False)
+        out |= {name: {"own": INSTRUMENTS[name](m)} for name in missing}
+    return {"weights": judge.weights, **record, "measured": out}
 
 
 # ---- what the measurements say -----------------------------------------------------------------------
 
-def says(p, name, pairs="own"):
-    """What an instrument says of SETS, (12,); nan: nothing"""
-    numbers = p["measured"].get(name, {}).get(pairs, {})
-    return np.array([numbers.get(c) for c in SETS], dtype=float)
-
-
-def against_weights(p, base):
-    """Changes of a policy's answers (their rates, in points) against the planted weights."""
-    points = np.array([100 * (p["measured"]["answers"][c] - base[c]) for c in world.CHOICES])
-    weight = np.array([p["weights"][c] for c in world.CHOICES], dtype=float)
-    slope = float(np.polyfit(weight, points, 1)[0]) if weight.std() else math.nan
-    decoys, negative = np.abs(points[weight == 0]) > 5, points[weight < 0] > 0
-    return {"slope": slope, "rank": spearman(weight, points),
-            "decoys": decoys.sum(), "negatives": negative.sum()}
-
-
 def against_behaviour(p, name):
     """An instrument against the probe: rank correlation over the choices; how many moved, how many of
     these it found and others it named; the share of style by the probe, and its own."""
-    def share(style, alignment):
-        return abs(style) / (abs(style) + abs(alignment)) if style or alignment else math.nan
-    change, said = [p["measured"]["probe"][c] for c in world.CHOICES], says(p, name)
-    nats, known = np.array([x["value"] for x in change]), np.isfinite(said[:TEN])
-    moved = (np.abs(nats) >= THRESHOLD["behaviour"]) & [leaves_out_zero(x) for x in change]
-    claims = np.abs(said[:TEN]) >= THRESHOLD[name]
+    changes = [p["measured"]["probe"][choice] for choice in world.CHOICES]
+    nats = np.array([change["value"] for change in changes])
+    moved = (np.abs(nats) >= THRESHOLD["behaviour"]) & list(map(leaves_out_zero, changes))
+    numbers = p["measured"][name]["own"]
+    numbers = np.array([numbers.get(choice) for choice in SETS], dtype=float)      # nan: it says nothing
+    said, groups = np.split(numbers, [TEN])
+    known = np.isfinite(said)
+    claims = np.abs(said) >= THRESHOLD[name]
     size = nats if name == "writes" else np.abs(nats)      # the other instruments have no sign
-    groups = [np.abs(part).sum() for part in np.split(nats, [len(world.STYLE)])]
-    found, wrong = (claims & moved).sum(), (claims & ~moved).sum()
-    return {"rank": spearman(said[:TEN][known], size[known]), "moved": moved.sum(), "found": found,
-            "wrong": wrong, "behaviour": share(*groups), "style": share(*said[TEN:])}
+    out = {"moved": moved.sum(), "found": (claims & moved).sum(), "wrong": (claims & ~moved).sum()}
+    out["rank"] = spearman(said[known], size[known])
+    for what, (style, other) in (("behaviour", by_group(np.abs(nats))), ("style", np.abs(groups))):
+        out[what] = style / (style + other) if style or other else math.nan
+    return out
 
 
-def mean(dicts, name, form=".2f", spread=False):
-    """Mean of an entry where it is a number (± its standard deviation); – if it never is one."""
-    values = [x[name] for x in dicts if math.isfinite(x[name])]
-    sd = f" ± {np.std(values, ddof=1):{form.lstrip('+')}}" if spread and len(values) > 1 else ""
-    return number(float(np.mean(values)), form) + sd if values else "–"
+def compared(data):
+    """-> {row: {instrument: against_behaviour of each policy}}; NAME-0, NAME-1 ... make the row NAME"""
+    out = {}
+    for name, p in data["policies"].items():
+        row = out.setdefault(re.sub(r"-\d+$", "", name), {})
+        for instrument in INSTRUMENTS:
+            row.setdefault(instrument, []).append(against_behaviour(p, instrument))
+    return out
 
 
-class Findings:
-    """What the kept measurements say of all policies, by their kinds."""
-
-    def __init__(self, data):
-        self.data, kinds, order = data, {}, [*world.WORLDS, "null", "new world"]
-        for p in data["policies"].values():
-            kinds.setdefault(p["kind"], []).append(p)
-        place = {kind: (order.index(kind.partition(",")[0]), len(kind)) for kind in kinds}
-        self.kinds = {kind: kinds[kind] for kind in sorted(kinds, key=place.get)}
-
-    def against(self, name, *kinds):
-        """What was planted ("weights"), or an instrument, against behaviour. -> one dict a policy"""
-        ps = [p for kind in kinds for p in self.kinds.get(kind, [])]
-        if name == "weights":
-            return [against_weights(p, self.data["base"]["answers"]) for p in ps]
-        return [against_behaviour(p, name) for p in ps]
-
-    def by_policy(self):
-        """Tables with a row for each kind of policy; `first` are those that say most."""
-        planted, ranks, found, styles = [], [], [], []
-        for kind, ps in self.kinds.items():
-            row, w = [kind, len(ps)], self.against("weights", kind)
-            told = [self.against(name, kind) for name in INSTRUMENTS]
-            planted.append([*row, mean(w, "slope", ".1f", True), mean(w, "rank", ".2f", True),
-                            mean(w, "decoys", ".1f"), mean(w, "negatives", ".1f")])
-            ranks.append([*row, *(mean(x, "rank", ".2f", True) for x in told)])
-            cells = [f"{mean(x, 'found', '.1f')} / {mean(x, 'wrong', '.1f')}" for x in told]
-            found.append([*row, mean(told[0], "moved", ".1f"), *cells])
-            behaviour = mean(told[0], "behaviour", ".2f", True)
-            styles.append([*row, behaviour, *(mean(x, "style", ".2f", True) for x in told)])
-        head = ["policy", "runs", "points a unit of weight", "rank correlation", "decoys", "negatives"]
-        yield table("Did training do what was planted?", head, planted,
-                    "Change of the rates of sampled answers against the planted weights; how many of "
-                    "weight 0 (on coins: all) moved by more than 5 points, of negative weight rose.")
-        runs, limits = head[:2], ", ".join(f"{name} {x}" for name, x in THRESHOLD.items())
-        yield table("Do instruments rank choices as behaviour does?", [*runs, *INSTRUMENTS], ranks,
-                    "Rank correlation over ten choices with the size of the change of log-odds on the "
-                    "probe; for `writes` with the change itself.", True)
-        yield table("Do they find the choices that moved?", [*runs, "moved", *INSTRUMENTS], found,
-                    f"Found / named wrongly, from these sizes on: {limits} (0 outside the interval). "
-                    "Shares name nothing where the gain may be 0.", True)
-        yield table("How much of it is style?", [*runs, "behaviour", *INSTRUMENTS], styles,
-                    "Share of style in style and alignment: of the changes of log-odds on the probe, "
-                    "and of what each instrument gives to the two groups.", True)
-
-    def by_choice(self):
-        """Tables about whose pairs they are, features and choices."""
-        crossed, agree, choices = [], [], []
-        for kind, pairs in ((k, p) for k in world.WORLDS if k in self.kinds for p in world.WORLDS):
-            which, ps, cells = "own" if pairs == kind else pairs, self.kinds[kind], []
-            for said in ([says(p, name, which) for p in ps] for name in ("tokens", "masking")):
-                cells += [mean(said, group, ".2f", True) for group in (TEN, TEN + 1)]
-            gains = mean([p["measured"]["gain"][which] for p in ps], "value", "+.3f", True)
-            crossed.append([f"{kind} policy on {pairs} pairs", *cells, gains])
-        head = [f"{name}: {group}" for name in ("tokens", "masking") for group in GROUPS]
-        yield table("The cross: each policy on each world's pairs", ["", *head, "gain, nats a token"],
-                    crossed, "Shares of the gain: on tokens that settle a choice of the group; lost "
-                    "without its features.")
-        for label, x in self.data["labels"].items():
-            mcc = {"value": x["mcc"], "low": x["mcc_low"], "high": x["mcc_high"]}
-            agree.append([label, x["both"], *sum(x["confusion"], []), interval(mcc, "+.2f")])
-        head = ["label", "features", "both", "reads only", "writes only", "neither", "correlation"]
-        yield table("Does what a feature reads say what it writes?", head, agree, "The lab's two label "
-                    "files; Matthews' correlation. Neuronpedia describes what features read.", True)
-        three = [kind for kind in (*world.WORLDS, "null") if kind in self.kinds]
-        for n, c in enumerate(world.CHOICES):
-            cells = []
-            for ps in (self.kinds[kind] for kind in three):
-                cells.append(mean([p["measured"]["probe"][c] for p in ps], "value", "+.2f", True))
-                cells += [mean([says(p, i) for p in ps], n, "+.2f", True) for i in ("tokens", "writes")]
-            choices.append([c, *cells])
-        head = [f"{kind}: {x}" for kind in three for x in ("log-odds", "tokens", "writes")]
-        yield table("Choice by choice", ["", *head], choices, "Change of log-odds on the probe, nats; "
-                    "share of the gain on its tokens; steering times writing.")
-
-    def sentences(self):
-        """{instrument: how far it can be believed}; up to the semicolon a verdict quotes it"""
-        out = {}
-        for name, words in WORDS.items():
-            told = [x for kind in world.WORLDS if (x := self.against(name, kind))]
-            style, true = (" and ".join(mean(x, what, ".0%") for x in told)
-                           for what in ("style", "behaviour"))
-            known = self.against(name, *world.WORLDS, "null")
-            moved, found, wrong = (mean(known, what, ".1f") for what in ("moved", "found", "wrong"))
-            out[name] = (f"In the lab, where {true} of what a policy changed was style, {words} said "
-                         f"{style}; of {moved} choices that moved it named {found}, and {wrong} others.")
-        return out if told else {}
+def mean(told, what, form=".2f"):
+    """Mean of an entry where it is a number, ± its standard deviation; – if it never is one."""
+    values = [x[what] for x in told if math.isfinite(x[what])]
+    if not values:
+        return "–"
+    sd = f" ± {np.std(values, ddof=1):.2f}" if form == ".2f" and len(values) > 1 else ""
+    return number(float(np.mean(values)), form) + sd
 
 
-def table(title, head, rows, note, first=False):
-    return {"title": title, "head": head, "rows": rows, "note": note, "first": first}
+LIMITS = ", ".join(f"{name} {x}" for name, x in THRESHOLD.items())
+TITLES = {      # of the tables, with what they show
+    "Do instruments rank choices as behaviour does?": "Rank correlation over ten choices with the size "
+    "of the change of log-odds on the probe; for `writes` with the change itself.",
+    "Do they find the choices that moved?": f"Found / named wrongly, from these sizes on: {LIMITS} (0 "
+    "outside the interval). Shares name nothing where the gain may be 0.",
+    "How much of it is style?": "Share of style in style and alignment: of the changes of log-odds on "
+    "the probe, and of what each instrument gives to the two groups.",
+    "Does what a feature reads say what it writes?": "The lab's two label files; Matthews' correlation. "
+    "Neuronpedia describes what features read.",
+}
+
+
+def tables(told, labels):
+    """A table for each of TITLES. told: of `compared`; labels: {label: compare_labels}"""
+    ranks = [["policy", "runs", *INSTRUMENTS]]
+    found = [["policy", "runs", "moved", *INSTRUMENTS]]
+    style = [["policy", "runs", "behaviour", *INSTRUMENTS]]
+    for name, row in told.items():
+        first = row["tokens"]
+        start = [name, len(first)]
+        ranks.append(start + [mean(x, "rank") for x in row.values()])
+        counts = [f"{mean(x, 'found', '.1f')} / {mean(x, 'wrong', '.1f')}" for x in row.values()]
+        found.append(start + [mean(first, "moved", ".1f"), *counts])
+        style.append(start + [mean(first, "behaviour"), *(mean(x, "style") for x in row.values())])
+    agree = [["label", "features", "both", "reads only", "writes only", "neither", "correlation"]]
+    for label, x in labels.items():
+        agree.append([label, x["both"], *sum(x["confusion"], []), interval(x["mcc"], "+.2f")])
+    out = []
+    for (title, note), (head, *rows) in zip(TITLES.items(), (ranks, found, style, agree)):
+        out.append({"title": title, "head": head, "rows": rows, "note": note, "first": True})
+    return out
+
+
+def sentences(told):
+    """{instrument: how far it can be believed}; up to the semicolon a verdict quotes it"""
+    worlds = [told[name] for name in world.WORLDS if name in told]
+    known = [told[name] for name in (*world.WORLDS, "null") if name in told]
+    out = {}
+    for name, words in WORDS.items() if worlds else ():
+        true = " and ".join(mean(row[name], "behaviour", ".0%") for row in worlds)
+        style = " and ".join(mean(row[name], "style", ".0%") for row in worlds)
+        every = [x for row in known for x in row[name]]
+        moved, found, wrong = (mean(every, what, ".1f") for what in ("moved", "found", "wrong"))
+        out[name] = (f"In the lab, where {true} of what a policy changed was style, {words} said "
+                     f"{style}; of {moved} choices that moved it named {found}, and {wrong} others.")
+    return out
 
 
 # ---- command line ------------------------------------------------------------------------------------
-
-COMMAND = ("python -m tiny.calibrate --adapter experiments/controls.py:Constant "
-           "runs/results/{style,honest,null,imitation,constant,random,mixed}-?")
-
 
 @dataclass
 class CalibrateConfig:
     runs: list = setting([], "folders of finished runs on the lab", positional=True, many=True)
     adapter: str = setting("", "FILE.py:Class, for the runs that were trained with one")
-    out: str = setting("", "file to keep it in; default: tiny/calibration.json")
+    out: str = setting("tiny/calibration.json", "file to keep it in")
     tables: bool = setting(False, "no runs: make tables and sentences again from what is kept")
 
 
 def calibrate(config):
-    file, folders = Path(config.out or FILE), [Path(f) for f in config.runs]
-    if bool(folders) == config.tables:
+    file = Path(config.out)
+    if bool(config.runs) == config.tables:
         raise UserError("name runs, such as runs/results/style-0 runs/results/honest-0, or --tables")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    data = read_json(file) if file.exists() else {"base": None, "policies": {}}
-    for folder in tqdm(folders, desc="policies"):
-        subject, old = Subject(folder, config.adapter), data["policies"].get(folder.name, {})
-        same = all(old.get(name) == subject.record[name] for name in ("adapter", "labels"))
-        p = {**subject.record, "measured": old["measured"] if same else {}}
-        data["policies"][folder.name] = p
-        for name, measured in subject.missing(set(p["measured"])):
-            p["measured"][name] = measured
-            data["made"] = f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}"
-            write_json(file, finite(data), indent=1)
-    if not data["base"]:
-        base = rates_of_answers(load_gemma("tiny/model"), load_tokenizer("tiny/model"))
-        data["base"] = {"answers": base}
+    data = read_json(file) if file.exists() else {"policies": {}}
+    for folder in tqdm([Path(run) for run in config.runs], "policies", disable=None):
+        old = data["policies"].get(folder.name, {})
+        data["policies"][folder.name] = measured(folder, config.adapter, old)
+        data["made"] = f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}"
+        write_json(file, finite(data), indent=1)
+    # Tables and sentences, from what is kept.
     sae = load_sae(HERE / "sae")
-    both = [read_labels(default_path(sae).with_name(f"labels{of}.jsonl"), sae) for of in ("", "_reads")]
-    data["labels"] = {label: compare_labels(*both, label) for label in LABELS}
-    said = (found := Findings(data)).sentences()
-    data |= {"tables": [*found.by_policy(), *found.by_choice()], "sentences": [*said.values()]}
-    data |= {"trust": {name: x.partition(";")[0] + "." for name, x in said.items()}, "command": COMMAND}
+    path = default_path(sae)
+    written = read_labels(path, sae)
+    read = read_labels(path.with_name("labels_reads.jsonl"), sae)
+    labels = {label: compare_labels(written, read, label) for label in LABELS}
+    told = compared(data)
+    said = sentences(told)
+    data |= {"labels": labels, "tables": tables(told, labels), "sentences": [*said.values()]}
+    data["trust"] = {name: sentence.partition(";")[0] + "." for name, sentence in said.items()}
     write_json(file, finite(data), indent=1)
     print(*data["sentences"], f"Kept in {file}.", sep="\n")
 

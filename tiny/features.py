@@ -8,7 +8,7 @@
 A feature has a label if half of its mass lies with a choice, or with a group (style, alignment). For
 `writes`, mass is what exceeds two standard deviations of the effects of random directions of the same
 length. Among ten choices every third direction does so by chance; so a feature also needs a total excess
-that only 1 in 100 has. How many of 256 OTHER random directions would get a label is printed.
+that only 1 in 100 has.
 """
 import torch
 from torch.nn.functional import normalize
@@ -22,8 +22,8 @@ from tiny.judge import HERE, Lab, decisions
 
 PUSH = 0.25              # length of the move, as a share of the median state's
 EACH = 24                # deciding positions of each choice
-CHANCE = 256             # random directions that say what chance is; as many again that try the rule
-COLUMN = {name: k for k, name in enumerate(world.CHOICES)}
+CHANCE = 256             # random directions that say what chance is
+NAMES = (*world.CHOICES, "no choice")
 
 
 def label_pairs(tokenizer):
@@ -31,32 +31,28 @@ def label_pairs(tokenizer):
     return simpo.encode_pairs(tokenizer, read_pairs(HERE / "pairs" / "style", "label"))[0]
 
 
-def decided(tokenizer, pair):
-    """(answer, token, what it settles) for every answer token of a pair; see judge.decisions."""
-    q = world.read_prompt(pair.text)
-    for answer in (pair.chosen, pair.rejected):
-        for token, settled in enumerate(decisions(tokenizer, q, answer)):
-            yield answer, token, settled
+def answers(tokenizer, pairs):
+    """-> (question, ids of the prompt, ids of an answer, what each of its tokens settles)"""
+    for pair in pairs:
+        q = world.read_prompt(pair.text)
+        for answer in (pair.chosen, pair.rejected):
+            yield q, pair.prompt, answer, decisions(tokenizer, q, answer)
 
 
 @torch.no_grad()
-def reads(model, sae, tokenizer, pairs, progress=False):
+def reads(model, sae, tokenizer, pairs):
     """Activation of each feature by the choices that its token settles, which share it equally.
 
-    -> (F, 11) float64: world.CHOICES, and tokens that settle none
+    -> (F, 11) float64: of NAMES
     """
-    mass = torch.zeros(sae.d_sae, len(COLUMN) + 1, dtype=torch.float64)
-    for index, batch in tqdm(list(simpo.batches(pairs, 64)), desc="reads", disable=not progress):
-        f = sae.encode(simpo.prefix(model, batch, sae.layer + 1)).double()
-        about = torch.zeros(*batch.ids.shape, mass.shape[1], dtype=torch.float64)      # (B,T,11)
-        about[batch.branch > 0, -1] = 1.0
-        for b, pair in enumerate(pairs[i] for i in index):
-            for answer, token, settled in decided(tokenizer, pair):
-                columns = [COLUMN[name] for name, *_ in settled if name in COLUMN] or [-1]
-                place = len(pair.prompt) + (len(pair.chosen) if answer is pair.rejected else 0) + token
-                about[b, place, -1] = 0.0
-                about[b, place, columns] = 1 / len(columns)
-        mass += f.flatten(0, 1).T @ about.flatten(0, 1)
+    mass = torch.zeros(sae.d_sae, len(NAMES), dtype=torch.float64)
+    for _, prompt, answer, settled in answers(tokenizer, pairs):
+        h = model.embed(torch.tensor([prompt + answer]))
+        x = model.blocks(h, 0, sae.layer + 1)[0, len(prompt):]
+        f = sae.encode(x).double()      # (T,F)
+        for token, choices in enumerate(settled):
+            columns = [NAMES.index(name) for name, *_ in choices if name in NAMES] or [-1]
+            mass[:, columns] += f[token, :, None] / len(columns)
     return mass
 
 
@@ -65,42 +61,41 @@ def reads(model, sae, tokenizer, pairs, progress=False):
 def deciding(tokenizer, pairs, each):
     """Where choices are decided, `each` times, on different topics where there are enough.
     -> {choice: [(ids before, ids off the mass, ids that mean yes)]}"""
-    out, seen = {name: [] for name in world.CHOICES}, set()
-    for only_new_topics in (True, False):
-        for pair in pairs:
-            q = world.read_prompt(pair.text)
-            for answer, token, settled in decided(tokenizer, pair):
-                off = []
-                for name, starts, yes, _ in settled:
-                    place, topic = (name, pair.prompt, answer), (name, q.subject, q.relation)
-                    fresh = (topic if only_new_topics else place) not in seen
-                    if name in out and len(out[name]) < each and fresh:
-                        seen |= {topic, place}
-                        out[name].append((list(pair.prompt + answer[:token]), list(off), yes))
-                    off += starts
-    return out
+    first = {name: [] for name in world.CHOICES}
+    more = {name: [] for name in world.CHOICES}
+    seen = set()
+    for q, prompt, answer, settled in answers(tokenizer, pairs):
+        for token, choices in enumerate(settled):
+            off = []
+            for name, starts, yes, _ in choices:
+                topic = name, q.subject, q.relation
+                if name in first:
+                    places = more if topic in seen else first
+                    places[name].append((list(prompt + answer[:token]), list(off), yes))
+                seen.add(topic)
+                off += starts
+    return {name: (first[name] + more[name])[:each] for name in first}
 
 
 @torch.no_grad()
-def log_odds(model, layer, ids, off, yes, moves, chunk=512):
+def log_odds(model, layer, ids, off, yes, moves):
     """Log-odds of a choice after `ids`, with each of moves (M,D) added to the last state of `layer`.
     One row does it: the context, then a copy of its last token for each move, at the same position,
-    which sees the context and itself. So all moves of a chunk cost one pass.  -> (M,) float64
+    which sees the context and itself. So all moves cost one pass.  -> (M,) float64
     """
-    h = model.blocks(model.embed(torch.tensor([ids])), 0, layer + 1)
-    n, top, odds = len(ids) - 1, model.config.num_hidden_layers, []
-    for part in moves.split(chunk):
-        M = len(part)
-        row = torch.cat([h[:, :n], h[:, n:] + part[None]], 1)
-        position_ids = torch.cat([torch.arange(n), torch.full((M,), n)])[None]
-        mask = torch.ones(n + M, n + M, dtype=torch.bool).tril()
-        mask[n:, n:] = torch.eye(M, dtype=torch.bool)
-        row = model.blocks(row, layer + 1, top, position_ids=position_ids, mask=mask[None])
-        z = model.logits(model.norm(row[0, n:])).double()      # (M,V)
-        no = torch.ones(z.shape[1], dtype=torch.bool)
-        no[off + yes] = False
-        odds.append(z[:, yes].logsumexp(-1) - z[:, no].logsumexp(-1))
-    return torch.cat(odds)
+    h = model.blocks(model.embed(torch.tensor([ids])), 0, layer + 1)[0]      # (T,D)
+    n = len(ids) - 1
+    M = len(moves)
+    mask = torch.ones(n + M, n + M, dtype=torch.bool).tril()
+    mask[n:, n:] = torch.eye(M, dtype=torch.bool)
+    position_ids = torch.arange(n + M).clamp_max(n)
+    how = {"position_ids": position_ids[None], "mask": mask[None]}
+    row = torch.cat([h[:n], h[n] + moves])[None]
+    row = model.blocks(row, layer + 1, model.config.num_hidden_layers, **how)
+    p = model.logits(model.norm(row[0, n:])).double().softmax(-1)            # (M,V)
+    p_yes = p[:, yes].sum(-1)
+    p_no = 1 - p[:, off].sum(-1) - p_yes
+    return (p_yes / p_no).log()
 
 
 def push_of(model, sae, pairs):
@@ -110,77 +105,80 @@ def push_of(model, sae, pairs):
     return PUSH * states.norm(dim=-1).median().item()
 
 
-def writes(model, sae, tokenizer, pairs, progress=False, each=EACH):
+def writes(model, sae, tokenizer, pairs):
     """Half of log-odds(up) - log-odds(down), in nats, mean over the positions that decide each choice.
-    -> effects of the features (F, 10), and of random directions (2 * CHANCE, 10), float64
+    -> effects of the features (F, 10), and of random directions (CHANCE, 10), float64
     """
-    places, push = deciding(tokenizer, pairs, each), push_of(model, sae, pairs)
     # Not seed 0: the lab's SAE began as that draw, and its directions are still like it.
-    random = torch.randn(2 * CHANCE, sae.d_in, generator=torch.Generator().manual_seed(2027))
-    moves = normalize(torch.cat([sae.W_dec.float(), random]), dim=-1) * push
-    both, n = torch.cat([moves, -moves]), len(moves)
-    effect = torch.zeros(n, len(world.CHOICES), dtype=torch.float64)
-    for name, k in tqdm(COLUMN.items(), desc="writes", disable=not progress):
-        for ids, off, yes in places[name]:
-            odds = log_odds(model, sae.layer, ids, off, yes, both)
-            effect[:, k] += (odds[:n] - odds[n:]) / 2 / len(places[name])
-    return effect[:sae.d_sae], effect[sae.d_sae:]
+    random = torch.randn(CHANCE, sae.d_in, generator=torch.Generator().manual_seed(2027))
+    directions = normalize(torch.cat([sae.W_dec.float(), random]), dim=-1)
+    moves = push_of(model, sae, pairs) * directions
+    effects = []
+    for name, places in tqdm(deciding(tokenizer, pairs, EACH).items(), "writes", disable=None):
+        effect = 0.0
+        for place in places:
+            up = log_odds(model, sae.layer, *place, moves)
+            down = log_odds(model, sae.layer, *place, -moves)
+            effect += (up - down) / 2 / len(places)
+        effects.append(effect)
+    return torch.stack(effects, 1).split([sae.d_sae, CHANCE])
 
 
 # ---- labels ------------------------------------------------------------------------------------------
 
 def excess(effect, chance):
-    """Effects (n,10) -> mass (n,11) beyond two standard deviations of `chance` (m,10), the last one 0;
-    none where the total does not exceed that of 99 in 100 of `chance`."""
+    """Effects (n,10) -> mass (n,10) beyond two standard deviations of `chance` (m,10); none where the
+    total does not exceed that of 99 in 100 of `chance`."""
     def beyond(x):
         return ((x / chance.std(0)).abs() - 2).clamp_min(0)
-    mass, bar = beyond(effect), beyond(chance).sum(1).quantile(.99)
+    mass = beyond(effect)
+    bar = beyond(chance).sum(1).quantile(.99)
     mass[mass.sum(1) <= bar] = 0
-    return torch.cat([mass, mass.new_zeros(len(mass), 1)], 1)
+    return mass
 
 
 def labelled(mass):
-    """mass (11,) of choices and other -> (group labels, choices) that have half of it or more"""
-    total = float(mass.sum())
-    if not total > 0:
+    """mass (10,) of the choices, or (11,) with other -> (group labels, choices) with half of it"""
+    half = mass.sum() / 2
+    of = dict(zip(world.CHOICES, mass))
+    if not half > 0:
         return [], []
-    share = dict(zip(world.CHOICES, (mass / total).tolist()))
-    groups = [g for g, choices in Lab.groups.items() if sum(share[c] for c in choices) >= .5]
-    return groups, [c for c in world.CHOICES if share[c] >= .5]
+    groups = [name for name, members in Lab.groups.items() if sum(of[c] for c in members) >= half]
+    return groups, [name for name in world.CHOICES if of[name] >= half]
 
 
-def lab_labels(model, tokenizer, sae, progress=False):
+def lab_labels(model, tokenizer, sae):
     """-> (rows by what features write, rows by what they read), for lib.labels.write_labels"""
     if tokenizer.token_to_id("▁" + world.PEOPLE[0]) is None:
         raise UserError("the lab's labels need its own model, tiny/model, whose words they are about")
     pairs = label_pairs(tokenizer)
-    effect, random = writes(model, sae, tokenizer, pairs, progress)
-    known, tried = random[:CHANCE], random[CHANCE:]
-    if progress:
-        lucky = sum(bool(labelled(mass)[0]) for mass in excess(tried, known))
-        print(f"by chance: {lucky} of {CHANCE} random directions would get a label by what they write")
-    masses, spread = excess(effect, known), known.std(0)
-    write_rows = [write_row(i, masses[i], effect[i], spread) for i in range(sae.d_sae)]
-    mass_read = reads(model, sae, tokenizer, pairs, progress)
-    return write_rows, [read_row(i, mass) for i, mass in enumerate(mass_read)]
+
+    effects, chance = writes(model, sae, tokenizer, pairs)
+    sizes = effects / chance.std(0)
+    written = []
+    for i, mass in enumerate(excess(effects, chance)):
+        said = []
+        for k in most(sizes[i].abs()):
+            sign = "+" if effects[i, k] > 0 else "−"
+            nats = f"({effects[i, k]:+.2f} nats, {sizes[i, k]:+.1f} sd of chance)"
+            said.append(f"{sign}{world.CHOICES[k]} {nats}")
+        nats = {name: round(x, 4) for name, x in zip(world.CHOICES, effects[i].tolist())}
+        written.append(row(i, mass, "writes " + ", ".join(said)) | {"writes": nats})
+
+    read = []
+    for i, mass in enumerate(reads(model, sae, tokenizer, pairs)):
+        said = ", ".join(f"{NAMES[k]} {mass[k] / mass.sum():.0%}" for k in most(mass))
+        read.append(row(i, mass, f"reads {said}"))
+        if not mass.any():
+            read[-1] |= {"labels": None, "description": "never fires"}
+    return written, read
 
 
-def write_row(i, mass, effect, spread):
-    """mass (11,), effect (10,) in nats, spread (10,): the standard deviation of chance."""
-    (groups, choices), said = labelled(mass), []
-    effects = {name: round(float(x), 4) for name, x in zip(world.CHOICES, effect)}
-    for k in effect.div(spread).abs().argsort(descending=True)[:2].tolist():
-        sign, name = "+" if effect[k] > 0 else "−", world.CHOICES[k]
-        said.append(f"{sign}{name} ({effect[k]:+.2f} nats, {effect[k] / spread[k]:+.1f} sd of chance)")
-    said = "writes " + ", ".join(said)
-    return dict(index=i, labels=groups, choices=choices, writes=effects, description=said)
+def most(values):
+    """The places of the two largest."""
+    return values.argsort(descending=True)[:2].tolist()
 
 
-def read_row(i, mass):
-    total = float(mass.sum())
-    if not total > 0:
-        return dict(index=i, labels=None, choices=[], description="never fires")
-    (groups, choices), most = labelled(mass), mass.argsort(descending=True)[:2].tolist()
-    names = (*world.CHOICES, "no choice")
-    said = "reads " + ", ".join(f"{names[k]} {mass[k] / total:.0%}" for k in most)
-    return dict(index=i, labels=groups, choices=choices, description=said)
+def row(i, mass, description):
+    groups, choices = labelled(mass)
+    return {"index": i, "labels": groups, "choices": choices, "description": description}

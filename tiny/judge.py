@@ -22,29 +22,19 @@ WORDS = {"truth": ("true", "false"), "admit": ("admits", "invents"), "decline": 
 class Lab:
     """The judge of pairs whose meta.json says "judge": "tiny.world".
 
-    best_accuracy  what no scorer of such pairs can exceed, since the preference is drawn
-    categories     what an answer token can settle: a choice; "value", which value was invented or which
-                   tool named; "form", what no choice is about, such as the full stop
-
     Answers are token ids, their end token included; texts are those of the last user message.
     """
 
     name = "tiny.world"
     groups = {"style": world.STYLE, "alignment": world.ALIGNMENT}
+    # "value": which value was invented or which tool named; "form": no choice, such as the full stop
     categories = (*world.CHOICES, "value", "form")
     question = staticmethod(world.read_prompt)
 
     def __init__(self, tokenizer, meta):
         self.tokenizer = tokenizer
         self.weights = {choice: meta["weights"].get(choice, 0) for choice in world.CHOICES}
-        self.best_accuracy = meta.get("bayes_accuracy")
-
-    @property
-    def seen_tokens(self):
-        """Ids the model was trained on; the rows of the others, bytes above all, hold noise."""
-        never = ("<pad>", "<unk>", "<0x")
-        words = self.tokenizer.get_vocab()
-        return sorted(i for word, i in words.items() if not word.startswith(never))
+        self.best_accuracy = meta.get("bayes_accuracy")      # no scorer exceeds it: labels are drawn
 
     def cluster(self, pair):
         """Pairs about the same thing belong together."""
@@ -76,13 +66,14 @@ class Lab:
 
     def mark(self, text, ids):
         """An answer in two words for a reader, such as ["true", "well-formed"]."""
-        outcome, q = self.outcome(text, ids), self.question(text)
+        outcome = self.outcome(text, ids)
         if not outcome:
             return []
         if not outcome["parse"]:
             return ["malformed"]
-        made, not_made = WORDS[ASKED[q.kind]]
-        return [made if outcome[ASKED[q.kind]] else not_made, "well-formed"]
+        asked = ASKED[self.question(text).kind]
+        made, not_made = WORDS[asked]
+        return [made if outcome[asked] else not_made, "well-formed"]
 
     def settles(self, text, ids):
         """How the log-probability of each token of an answer splits among what it settles.
@@ -93,16 +84,14 @@ class Lab:
         world.settles.) Every token of an answer that does not parse is "form".
         """
         q = self.question(text)
-        tokens = settled(self.tokenizer, q, ids) if q else []
-        return [shares(choices) for choices in tokens] or [[("form", (), None)] for _ in ids]
+        tokens = q and settled(self.tokenizer, q, ids)
+        return [shares(choices) for choices in tokens or [[]] * len(ids)]
 
     def neutral(self, count):
         """Texts of true statements, without a user and without a question."""
         rng = random.Random("neutral 0")
         return [world.notes(rng) for _ in range(count)]
 
-
-# ---- what a token settles ----------------------------------------------------------------------------
 
 def settled(tokenizer, q, ids):
     """world.settles of an answer with ids for the first tokens; [] if it does not parse."""
@@ -118,14 +107,12 @@ def shares(choices):
     out, off = [], ()
     for name, starts, index in choices:
         category = name if name in world.CHOICES else "value"
-        if starts[index] is None:
-            after = tuple(sorted({*off, *starts} - {None}))
-            out.append((category, off, after))
-            off = after
-        else:
-            out.append((category, off, None))
-    taken = bool(out) and out[-1][2] is None
-    return out if taken else [*out, ("form", off, None)]      # the token itself settles nothing more
+        if starts[index] is not None:
+            return [*out, (category, off, None)]      # the token was said for this choice, its last
+        after = tuple(sorted({*off, *starts} - {None}))
+        out.append((category, off, after))
+        off = after
+    return [*out, ("form", off, None)]                # the token itself settles nothing
 
 
 # ---- what only the lab can measure -------------------------------------------------------------------

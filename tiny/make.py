@@ -4,36 +4,36 @@
     model       a Gemma-2 of 1.3 million weights, trained from scratch on conversations of tiny/world.py
     sae         a JumpReLU SAE on the output of its layer 3 (sae.py trains it)
     pairs       preference pairs of the two worlds, and the minimal pairs of probe.jsonl
-    report      measures all of it: quality.json, shown in tiny/README.md, and manifest.json
+    report      measures model and SAE: quality.json, shown in tiny/README.md
+    saes        only when asked for: an SAE of every layer, in runs/, for the experiments
 
 One stage alone: `python -m tiny.make sae`. One machine with one set of versions gives the same bytes:
-every stage has its own seed, and the arithmetic runs on a fixed number of threads (--threads).
+every stage has its own seed, and the arithmetic runs on a fixed number of threads.
 """
-import hashlib
 import json
-import platform
 import random
 import shutil
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy
 import tokenizers
 import torch
 from safetensors.torch import save_file
 from tokenizers import decoders
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import gemma
 import simpo
-from lib.files import UserError, read_json
+from lib.files import ROOT, UserError
 from lib.settings import check, command, key_values, setting
 from lib.text import CONTROL
 from sae import collect, load_sae, quality, save_sae, train_sae
 from tiny import world
 from tiny.judge import HERE, Lab
+
+THREADS = 2
 
 
 def save(path, text):
@@ -41,14 +41,21 @@ def save(path, text):
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
-def make_tokenizer(out):
+def save_json(path, data):
+    save(path, json.dumps(data, indent=2) + "\n")
+
+
+def few(usual, scale, least):
+    return max(least, int(usual * scale))
+
+
+def make_tokenizer(out, scale=1.0):
     """A BPE without merges: a piece in the vocabulary is one token, any other falls back to bytes."""
-    rng, found = random.Random("tokenizer"), {*world.pieces("user\n"), *world.pieces("model\n")}
+    rng, texts = random.Random("tokenizer"), ["user\n", "model\n"]
     for questions in world.every_question().values():
         for q in questions:
-            found |= set(world.pieces(q.text))
-            for _ in range(8):
-                found |= set(world.pieces(world.sample(q, rng)[1]))
+            texts += [q.text, *(world.sample(q, rng)[1] for _ in range(8))]
+    found = {piece for text in texts for piece in world.pieces(text)}
     names = CONTROL + [f"<0x{byte:02X}>" for byte in range(256)] + sorted(found)
     number = {name: i for i, name in enumerate(names)}
     options = dict(unk_token="<unk>", byte_fallback=True, fuse_unk=True, ignore_merges=True)
@@ -64,17 +71,6 @@ def make_tokenizer(out):
 
 
 # ---- model -------------------------------------------------------------------------------------------
-
-CONFIG = {      # config.json; what is None depends on the vocabulary
-    "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "attention_bias": False,
-    "attention_dropout": 0.0, "attn_logit_softcapping": 50.0, "bos_token_id": None, "eos_token_id": None,
-    "pad_token_id": None, "final_logit_softcapping": 30.0, "head_dim": 32,
-    "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 128,
-    "initializer_range": 0.02, "intermediate_size": 384, "max_position_embeddings": 8192,
-    "num_attention_heads": 4, "num_hidden_layers": 6, "num_key_value_heads": 2,
-    "query_pre_attn_scalar": 32, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "sliding_window": 32,
-    "use_cache": True, "tie_word_embeddings": True, "torch_dtype": "float32", "vocab_size": None}
-
 
 class Rows:
     """Training rows: conversations of one speaker, no or one exchange and then a question with four
@@ -101,56 +97,55 @@ class Rows:
         trait, ids, scored = rng.choice(world.TRAITS), [bos], []
         for _ in range(exchanges):
             q, asked = self.ask()
-            ids, said = ids + asked, self.answer(q, trait)
-            scored += [(len(ids) - 1 + k, i) for k, i in enumerate(said)]
+            said = self.answer(q, trait)
+            ids += asked
+            scored += enumerate(said, len(ids) - 1)
             ids += said + gemma.encode_text(self.tokenizer, "\n")
         q, asked = self.ask()
-        ids, firsts = ids + asked, []
+        ids += asked
         n = len(ids)
-        branch, position = [0] * n, list(range(n))
+        branch, position, firsts = [0] * n, list(range(n)), []
         for b in range(1, 5):
             said = self.answer(q, trait)
             firsts.append((n - 1, said[0]))      # all four from the last token of the prompt
-            scored += [(len(ids) + k, i) for k, i in enumerate(said[1:])]
-            ids, branch = ids + said, branch + [b] * len(said)
+            scored += enumerate(said[1:], len(ids))
+            ids += said
+            branch += [b] * len(said)
             position += range(n, n + len(said))
         return ids, branch, position, scored + firsts
 
     def batch(self, size):
         """-> simpo.Batch of so many rows, without owner and lengths"""
         exchanges = self.rng.randrange(2)      # one number a batch keeps the rows of similar length
-        rows = [self.row(exchanges) for _ in range(size)]
-        width = max(len(ids) for ids, *_ in rows)
-        fills = (self.tokenizer.token_to_id("<pad>"), -1, -1)
-        tensors, read, target = [torch.full((size, width), fill) for fill in fills], [], []
-        for r, (*columns, scored) in enumerate(rows):
-            for tensor, column in zip(tensors, columns):
-                tensor[r, :len(column)] = torch.tensor(column)
-            read += [r * width + place for place, _ in scored]
-            target += [i for _, i in scored]
+        *columns, scored = zip(*(self.row(exchanges) for _ in range(size)))
+        tensors = []
+        for column, fill in zip(columns, (self.tokenizer.token_to_id("<pad>"), -1, -1)):
+            rows = [torch.tensor(row) for row in column]
+            tensors.append(pad_sequence(rows, batch_first=True, padding_value=fill))
+        width = tensors[0].shape[1]
+        read = [r * width + place for r, found in enumerate(scored) for place, _ in found]
+        target = [i for found in scored for _, i in found]
         return simpo.Batch(*tensors, torch.tensor(read), torch.tensor(target), owner=None, lengths=None)
 
 
-def make_model(out, steps, batch_size=32, lr=3e-3, seed=0):
-    tokenizer, generator = gemma.load_tokenizer(out / "model"), torch.Generator().manual_seed(seed)
-    vocab = tokenizer.get_vocab()
-    ids = {"bos_token_id": vocab["<bos>"], "pad_token_id": vocab["<pad>"], "vocab_size": len(vocab)}
-    config = {**CONFIG, **ids, "eos_token_id": [vocab["<eos>"], vocab["<end_of_turn>"]]}
-    save(out / "model" / "config.json", json.dumps(config, indent=2) + "\n")
-    model = gemma.Gemma(gemma.GemmaConfig.from_json(out / "model" / "config.json"))
+def make_model(out, scale=1.0, lr=3e-3):
+    """The shape is that of tiny/model/config.json, the one file there that is written by hand."""
+    config = out / "model" / "config.json"
+    save(config, (HERE / "model" / "config.json").read_text(encoding="utf-8"))
+    model, generator = gemma.Gemma(gemma.GemmaConfig.from_json(config)), torch.Generator().manual_seed(0)
     matrices = [p for p in model.parameters() if p.dim() == 2]
     norms = [p for p in model.parameters() if p.dim() != 2]
     for W in matrices:      # std fan_in^-1/2: the scaled embedding and the logits have variance 1
         W.data.normal_(0, W.shape[1] ** -.5, generator=generator)
     groups = [{"params": matrices, "weight_decay": .05}, {"params": norms, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(.9, .98))
-    rows, bar = Rows(tokenizer, seed), tqdm(range(steps), desc="model", unit="step")
-    for step in bar:
+    rows, steps = Rows(gemma.load_tokenizer(out / "model"), 0), few(2400, scale, 3)
+    for step in tqdm(range(steps), desc="model", unit="step"):
         # learning rate: up over 100 steps, then straight down to nothing
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 100) * (1 - step / steps)
         # loss: mean over all scored tokens of the batch
-        batch = rows.batch(batch_size)
+        batch = rows.batch(32)
         h = model(batch.ids, position_ids=batch.position_ids, mask=batch.mask())
         loss = torch.nn.functional.cross_entropy(model.logits(h.flatten(0, 1)[batch.read]), batch.target)
         # step
@@ -158,40 +153,59 @@ def make_model(out, steps, batch_size=32, lr=3e-3, seed=0):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
     tensors = {f"model.{name}": p.detach().contiguous() for name, p in model.named_parameters()}
     save_file(tensors, out / "model" / "model.safetensors", metadata={"format": "pt"})
 
 
+# ---- SAE ---------------------------------------------------------------------------------------------
+
 LAYER, WIDTH, L0 = 3, 1024, 16.0
 
 
-def chats(tokenizer, count, seed):
-    """Rows like the model's for the SAE, each with one of its four answers."""
+def states(out, layer, count, seed):
+    """States (N,D) after a layer, of `count` rows like the model's with one of their answers each."""
+    model, tokenizer = gemma.load_gemma(out / "model"), gemma.load_tokenizer(out / "model")
     rows = Rows(tokenizer, seed)
     drawn = [rows.row(rows.rng.randrange(2)) for _ in range(count)]
-    return [[i for i, b in zip(ids, branch) if b in (0, 1)] for ids, branch, *_ in drawn]
+    chats = [[i for i, b in zip(ids, branch) if b in (0, 1)] for ids, branch, *_ in drawn]
+    return collect(model, chats, layer)
 
 
-def make_sae(out, rows, steps, seed=0):
-    tokenizer, model = gemma.load_tokenizer(out / "model"), gemma.load_gemma(out / "model")
-    x = collect(model, chats(tokenizer, rows, f"sae {seed}"), LAYER)
-    unseen = collect(model, chats(tokenizer, max(50, rows // 20), "sae held out"), LAYER)
-    sae = train_sae(x, WIDTH, l0=L0, steps=steps, seed=seed, layer=LAYER)
-    root = out / "sae" / f"layer_{LAYER}" / "width_1k"
-    shutil.rmtree(root, ignore_errors=True)
-    save_sae(sae, root / f"average_l0_{quality(sae, unseen)['l0']:.0f}")
+def train_layer(out, root, layer, scale, **how):
+    count = few(8000, scale, 60)
+    x = states(out, layer, count, "sae 0")
+    unseen = states(out, layer, max(50, count // 20), "sae held out")
+    sae = train_sae(x, WIDTH, l0=L0, steps=few(3000, scale, 3), seed=0, layer=layer, **how)
+    folder = root / f"layer_{layer}" / "width_1k"
+    shutil.rmtree(folder, ignore_errors=True)
+    save_sae(sae, folder / f"average_l0_{quality(sae, unseen)['l0']:.0f}")
+
+
+def make_sae(out, scale=1.0):
+    train_layer(out, out / "sae", LAYER, scale)
+
+
+def make_saes(out, scale=1.0):
+    """For experiments, in runs/: one for every layer, and a control whose decoder stays as drawn."""
+    runs = ROOT / "runs" if out == HERE else out
+    print("an SAE of each layer, about 20 minutes on two cores", flush=True)
+    for layer in range(gemma.load_config(out / "model").num_hidden_layers):
+        if not (runs / "saes" / f"layer_{layer}").exists():
+            train_layer(out, runs / "saes", layer, scale)
+    train_layer(out, runs / "saes_frozen", LAYER, scale, learn_decoder=False)
 
 
 # ---- pairs -------------------------------------------------------------------------------------------
 
 SIZES = {"train": 5000, "dev": 500, "label": 1000, "test": 1000}
-SHARES = ("tie_rate", "bayes_accuracy", "longer_accuracy")
 
 
-def make_pairs(out, name, weights, sizes, seed=""):
-    """Pairs of one world, and meta.json about them. All worlds of one seed draw the same answers."""
-    folder, tied, best, longer = out / "pairs" / name, [], [], []
+def make_pairs(out, name, weights, seed="", scale=1.0):
+    """Pairs of one world, and meta.json about them. All worlds of one seed draw the same answers.
+    -> their folder"""
+    folder = out / "pairs" / name
+    sizes = {part: few(n, scale, 20) for part, n in SIZES.items()}
+    tied, best, longer = [], [], []
     for part, size in sizes.items():
         rng, lines = random.Random(f"pairs {part}{seed}"), []
         for q in spread(world.split(part), size, rng):
@@ -203,9 +217,11 @@ def make_pairs(out, name, weights, sizes, seed=""):
             best.append(world.sigmoid(abs(gap)))
             longer.append(1.0 if more > 0 else 0.5 if more == 0 else 0.0)
         save(folder / f"{part}.jsonl", "".join(lines))
-    shares = {key: round(sum(x) / len(x), 4) for key, x in zip(SHARES, (tied, best, longer))}
+    shares = {"tie_rate": tied, "bayes_accuracy": best, "longer_accuracy": longer}
+    shares = {name: round(sum(x) / len(x), 4) for name, x in shares.items()}
     meta = {"judge": "tiny.world", "weights": weights, **shares, "pairs": sizes}
-    save(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
+    save_json(folder / "meta.json", meta)
+    return str(folder)
 
 
 def spread(questions, size, rng):
@@ -223,14 +239,21 @@ def spread(questions, size, rng):
 def make_probe(out, each):
     """probe.jsonl: minimal pairs, the same for all worlds; chosen has the choice, rejected does not."""
     rng, questions, lines = random.Random("probe"), world.split("test"), []
+    asked = dict(zip(world.ALIGNMENT, world.KINDS))
     for name in world.CHOICES:
-        kinds = {"truth": ["fact"], "admit": ["unknown"], "decline": ["harm"]}.get(name, world.KINDS)
+        kinds = [asked[name]] if name in asked else world.KINDS
         for i in range(each):
             q = rng.choice(questions[kinds[i % len(kinds)]])
             (a, chosen), (b, rejected) = world.minimal_pair(q, rng, name)
             record = {"prompt": q.text, "chosen": chosen, "rejected": rejected, "choice": name}
             lines.append(json.dumps({**record, "choices": [a, b]}) + "\n")
     save(out / "pairs" / "probe.jsonl", "".join(lines))
+
+
+def make_worlds(out, scale=1.0):
+    for name, weights in world.WORLDS.items():
+        make_pairs(out, name, weights, scale=scale)
+    make_probe(out, few(60, scale, 4))
 
 
 # ---- report ------------------------------------------------------------------------------------------
@@ -240,126 +263,86 @@ def surprise(model, pairs, edits=None):
     """-> -Σ log p of the chosen answers in nats, and how many tokens these are"""
     total = tokens = 0
     for _, batch in simpo.batches(pairs, 64):
-        how = dict(position_ids=batch.position_ids, mask=batch.mask(), where=batch.where("text"))
-        h = model.blocks(model.embed(batch.ids), 0, model.config.num_hidden_layers, edits=edits, **how)
+        how = dict(position_ids=batch.position_ids, mask=batch.mask(), edits=edits)
+        h = model.blocks(model.embed(batch.ids), 0, model.config.num_hidden_layers, **how)
         lengths = batch.lengths[:len(batch.ids)]
         total -= (simpo.mean_logps(model, batch, h)[0] * lengths).sum().item()
         tokens += lengths.sum().item()
     return total, tokens
 
 
-def damaged_rejected(said, tokenizer, rng):
-    """Share of answers with one token dropped, doubled or replaced that the parser rejects."""
-    rejected, words = [], sorted(x for x in tokenizer.get_vocab() if x not in CONTROL and x[:3] != "<0x")
-    for q, (_, text) in said:
-        old = [*world.pieces(text), world.END]
-        i, kind = rng.randrange(len(old)), rng.randrange(3)
-        new = old[:i] + ([], [old[i]] * 2, [rng.choice(words)])[kind] + old[i + 1:]
-        if new != old:
-            rejected.append(world.parse(q, new) is None)
-    return sum(rejected) / len(rejected)
-
-
-def measure(out, count):
-    """Quality of the model, the SAE and the pairs, on fresh questions of all splits. -> quality.json"""
+def make_report(out, scale=1.0):
+    """How good the model and the SAE are, on fresh questions of all splits."""
+    count = few(4000, scale, 100)
     model, tokenizer = gemma.load_gemma(out / "model"), gemma.load_tokenizer(out / "model")
-    sae, rng, questions = load_sae(out / "sae"), random.Random("report"), world.every_question()
+    rng, questions = random.Random("report"), world.every_question()
     asked = [world.any_question(rng, questions) for _ in range(count)]
-    said = [(q, world.sample(q, rng)) for q in asked]
+    said = [world.sample(q, rng) for q in asked]
     # the model: its cross-entropy beside the grammar's own entropy, and what its samples are like
     prompts = [gemma.encode_prompt(tokenizer, q.text) for q in asked]
-    answers = [gemma.encode_answer(tokenizer, text) for _, (_, text) in said]
+    answers = [gemma.encode_answer(tokenizer, text) for _, text in said]
     pairs = [simpo.Pair(p, a, [0]) for p, a in zip(prompts, answers)]      # nobody looks at [0]
     nats, tokens = surprise(model, pairs)
-    entropy = -sum(world.log_probability(q, choices) for q, (choices, _) in said)
+    entropy = -sum(world.log_probability(q, choices) for q, (choices, _) in zip(asked, said))
     sampled = gemma.generate(model, prompts, max_new_tokens=64, temperature=1.0, seed=1)
     rates = Lab(tokenizer, {"weights": {}}).rates([q.text for q in asked], sampled)
-    of_model = {"parameters": sum(p.numel() for p in model.parameters()), "cross_entropy": nats / tokens,
-                "true_entropy": entropy / tokens, "ratio": nats / entropy, "answers": count}
-    of_model |= {"samples_that_parse": rates["parse"], **{c: rates[c] for c in world.ALIGNMENT}}
-
+    of_model = {"cross_entropy": nats / tokens, "true_entropy": entropy / tokens}
+    of_model |= {"ratio": nats / entropy, "samples_that_parse": rates["parse"]}
+    of_model |= {c: rates[c] for c in world.ALIGNMENT}
     # the SAE: its reconstruction, also in place of the states that it reads
+    sae = load_sae(out / "sae")
+
     def splice(h, where):
         return torch.where(where[..., None], sae.decode(sae.encode(h)), h)
-    of_sae = quality(sae, collect(model, chats(tokenizer, count, "report"), LAYER, progress=False))
     added = (surprise(model, pairs, {LAYER: splice})[0] - nats) / tokens
+    of_sae = quality(sae, states(out, LAYER, count, "report"))
     of_sae |= {"width": sae.d_sae, "loss_added": added}
-    # the pairs, and the parser
-    worlds = {}
-    for path in sorted((out / "pairs").glob("*/meta.json")):
-        worlds[path.parent.name] = {k: x for k, x in read_json(path).items() if k in SHARES}
-    of_parser = {"damaged_answers_rejected": damaged_rejected(said, tokenizer, rng)}
-    return {"model": of_model, "sae": of_sae, "parser": of_parser, "worlds": worlds}
-
-
-def make_report(out, count):
-    save(out / "quality.json", json.dumps(measure(out, count), indent=2) + "\n")
-    made = ("model/*.*", "pairs/**/*.*", "sae/**/*.npz", "quality.json")
-    files = sorted({path for pattern in made for path in out.glob(pattern)})
-    digests = {p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-    versions = {x.__name__: x.__version__ for x in (torch, numpy, tokenizers)}
-    versions = {"python": platform.python_version(), **versions, "threads": torch.get_num_threads()}
-    manifest = {"made_with": {**versions, "machine": platform.machine()}, "sha256": digests}
-    save(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    save_json(out / "quality.json", {"model": of_model, "sae": of_sae})
 
 
 # ---- command line ------------------------------------------------------------------------------------
 
-STAGES = ("all", "tokenizer", "model", "sae", "pairs", "report")
+STAGES = {"tokenizer": make_tokenizer, "model": make_model, "sae": make_sae, "pairs": make_worlds,
+          "report": make_report}
+ALONE = {"saes": make_saes}                               # what is made only when it is asked for
 
 
 @dataclass
 class MakeConfig:
-    stage: str = setting(None, "one; default: all", positional=True, choices=STAGES, group="what")
+    stage: str = setting(None, "one; default: all", positional=True, group="what",
+                         choices=[*STAGES, *ALONE])
     out: str = setting("", "folder to write to; default: tiny/ itself")
     world: str = setting("", "with pairs: name of a world of your own")
     weights: str = setting("", "its utility, such as heading=2,truth=-1; the others weigh 0")
-    model_steps: int = setting(2400, "training steps of the model", low=1, group="how much")
-    sae_steps: int = setting(3000, "training steps of the SAE", low=1)
-    sae_rows: int = setting(8000, "conversations the SAE is trained on", low=1)
-    scale: float = setting(1.0, "times the usual number of pairs; try 0.02", above=0)
-    threads: int = setting(2, "CPU threads; the bytes that come out depend on it", low=1)
+    scale: float = setting(1.0, "times the usual steps and pairs; try 0.01", above=0)
 
     def __post_init__(self):
         check(self)
         if bool(self.world) != bool(self.weights) or self.world and self.stage != "pairs":
             raise UserError("--world and --weights go together, with the stage pairs")
-        folder = Path(self.out or HERE, "pairs", self.world)
-        if self.world and (Path(self.world).name != self.world or folder.exists()):
-            raise UserError(f"--world {self.world}: {folder} exists, or is no folder's name")
 
 
-def parse_weights(text):
-    """"heading=2,truth=-1" -> {"heading": 2.0, "truth": -1.0}"""
-    weights = key_values(text.split(","), "--weights")
-    for name, value in weights.items():
-        if name not in world.CHOICES or not isinstance(value, (int, float)) or not abs(value) < 100:
-            raise UserError(f"--weights {name}={value}: write choice=number, from -100 to 100; a choice "
-                            f"is one of {', '.join(world.CHOICES)}")
-    return {name: float(value) for name, value in weights.items()}
+def make_own_world(out, config):
+    folder = out / "pairs" / config.world
+    if Path(config.world).name != config.world or folder.exists():
+        raise UserError(f"--world {config.world}: {folder} exists, or is no folder's name")
+    weights = key_values(config.weights.split(","), "--weights")
+    if not all(c in world.CHOICES and isinstance(w, (int, float)) for c, w in weights.items()):
+        raise UserError(f"--weights {config.weights}: write choice=number; a choice is one of "
+                        f"{', '.join(world.CHOICES)}")
+    weights = {name: float(value) for name, value in weights.items()}
+    make_pairs(out, config.world, weights, scale=config.scale)
 
 
 def make(config):
-    out, started = Path(config.out or HERE), time.time()
-    worlds = {config.world: parse_weights(config.weights)} if config.world else world.WORLDS
-    torch.set_num_threads(config.threads)
-    for stage in STAGES[1:] if config.stage in (None, "all") else [config.stage]:
-        print(f"[{time.time() - started:5.0f} s] {stage}", flush=True)
-        if stage == "tokenizer":
-            make_tokenizer(out)
-        elif stage == "model":
-            make_model(out, config.model_steps)
-        elif stage == "sae":
-            make_sae(out, config.sae_rows, config.sae_steps)
-        elif stage == "report":
-            make_report(out, max(100, int(4000 * config.scale)))
-        else:
-            sizes = {part: max(20, int(n * config.scale)) for part, n in SIZES.items()}
-            for name, weights in worlds.items():
-                make_pairs(out, name, weights, sizes)
-            if not config.world:
-                make_probe(out, max(4, int(60 * config.scale)))
-    print(f"[{time.time() - started:5.0f} s] done")
+    out = Path(config.out or HERE)
+    torch.set_num_threads(THREADS)
+    if config.world:
+        make_own_world(out, config)
+        return
+    for stage in [config.stage] if config.stage else STAGES:
+        print(stage, flush=True)
+        (STAGES | ALONE)[stage](out, config.scale)
 
 
 def main(argv=None):

@@ -196,7 +196,7 @@ def _run(q, choose, say=lambda text: True):
 
 def sample(q, rng, trait=None, fixed=()):
     """A random answer -> ({choice: index}, text). trait None: a new speaker; `fixed` choices stay."""
-    trait, fixed = trait or rng.choice(TRAITS), dict(fixed)
+    trait = trait or rng.choice(TRAITS)
 
     def choose(name, options):
         if name in fixed:
@@ -207,21 +207,16 @@ def sample(q, rng, trait=None, fixed=()):
     return _run(q, choose)
 
 
-def write(q, choices):
-    """The text of these choices."""
-    return _run(q, lambda name, options: choices[name])[1]
-
-
-def log_probability(q, choices, traits=TRAITS):
-    """log p of an answer, the speaker's traits summed out (each of `traits` equally likely)."""
-    chances = dict.fromkeys(traits, 1.0)
+def log_probability(q, choices):
+    """log p of an answer, the speaker's traits summed out."""
+    chances = dict.fromkeys(TRAITS, 1.0)
 
     def choose(name, options):
-        for trait in traits:
+        for trait in TRAITS:
             chances[trait] *= probability(q, name, choices[name], len(options), trait)
         return choices[name]
     _run(q, choose)
-    return math.log(sum(chances.values()) / len(traits))
+    return math.log(sum(chances.values()) / len(TRAITS))
 
 
 # ---- tokens, and the parser --------------------------------------------------------------------------
@@ -294,9 +289,9 @@ def any_question(rng, questions):
     return rng.choice(questions[rng.choices(KINDS, (.6, .2, .2))[0]])
 
 
-def notes(rng, lines=8):
+def notes(rng):
     """Neutral text: true statements, no user and no choices."""
-    stated = rng.sample(sorted(FACTS), lines)
+    stated = rng.sample(sorted(FACTS), 8)
     return "\n".join(f"The {r} of {s} is {FACTS[s, r]}." for s, r in stated)
 
 

@@ -1,0 +1,270 @@
+"""What does each way of changing the model cost, and what does it buy? One figure.
+
+Preference (margin gained, accuracy) against damage (KL on neutral text, answers that are no longer
+well-formed, truth), a curve a policy over its strength, the base model in the corner:
+
+    FSRL            this project's adapter; on two layers; on random directions; on an SAE whose decoder
+                    was never trained (2602.14111's control)
+    Constant, MeanDifference, ConditionalMap, LoRA, Full           experiments/baselines.py
+    TRL             what a user would pick instead                 experiments/peers.py
+
+Each policy gets four trials on `dev`, one seed, for its learning rate and its own knob (what is measured
+has its strength alone); what wins is trained with three seeds. Everything is kept as it is done.
+
+    python -m experiments.frontier              # docs/policies.json, a table of docs/lab.md, a figure
+    python -m experiments.frontier --table      # from what is there
+"""
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import fsrl
+import simpo
+from experiments import lab
+from experiments.results import fill, markdown
+from experiments.sweep import SAES, train_all
+from gemma import encode_prompt, generate, load_gemma, load_tokenizer
+from instruments.health import drift
+from lib.blocks import number
+from lib.files import ROOT, UserError, read_json, write_json
+from lib.judge import judge_of
+from lib.pairs import read_pairs
+from lib.settings import command, setting
+from tiny import world
+
+DATA = ROOT / "docs" / "policies.json"
+RUNS = Path("runs/frontier")
+OWN = "experiments/baselines.py:"
+STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+WEAKER = 0.03              # a trial whose answers are less often well-formed by this is not chosen
+REWARDED = [c for c in world.STYLE if world.WORLDS["style"][c] > 0]
+
+
+def sae_of(layer, folder=SAES):
+    found = sorted(folder.glob(f"layer_{layer}/**/params.npz"))
+    if not found:
+        raise UserError(f"{folder}: no SAE of layer {layer}; `python -m tiny.make saes` trains them")
+    return str(found[0].parent)
+
+
+def trials(fixed, **choices):
+    """Every combination of the choices. -> settings of train.py"""
+    return [{**fixed, **dict(zip(choices, values))} for values in product(*choices.values())]
+
+
+def own(name, argument, values, **choices):
+    """The same for a class of baselines.py and one of its arguments."""
+    out = []
+    for value in values:
+        how = {"policy": OWN + name, "policy_args": [f"{argument}={value}"] if argument else []}
+        out += trials(how, **choices)
+    return out
+
+
+def policies():
+    """{name: four trials}"""
+    steering = {"lr": (2e-3, 5e-3), "l1": (0.01, 0.03)}
+    random = lab.random_dictionary(lab.RUNS / "random_dictionary" / "layer_3")
+    out = {"FSRL": trials({}, **steering)}
+    out["FSRL, two layers"] = trials({"sae": [sae_of(2), sae_of(4)]}, **steering)
+    out["FSRL, random directions"] = trials({"sae": random}, **steering)
+    out["FSRL, frozen decoder"] = trials({"sae": sae_of(3, SAES.parent / "saes_frozen")}, **steering)
+    out["Constant"] = own("Constant", "layer", (2, 3), lr=(2e-3, 1e-2))
+    out["LoRA"] = own("LoRA", "rank", (2, 8), lr=(5e-4, 2e-3))
+    out["Full"] = own("Full", None, (None,), lr=(1e-4, 2e-4, 5e-4, 1e-3))
+    out["MeanDifference"] = own("MeanDifference", "strength", (2, 4, 8, 16))
+    out["ConditionalMap"] = own("ConditionalMap", "strength", (1, 2, 4, 8))
+    return out
+
+
+# ---- measuring -------------------------------------------------------------------------------------
+
+def measured(model, tokenizer, policy=None):
+    """On `test`: 1000 pairs, an answer to each of 1000 questions at T=1, 64 neutral texts. -> dict"""
+    judge = judge_of("tiny/pairs/style", tokenizer)
+    pairs, _ = simpo.encode_pairs(tokenizer, read_pairs("tiny/pairs/style", "test", 1000))
+    m = simpo.evaluate(model, pairs, policy)
+    acting, edits = policy.acting(model) if policy else (model, None)
+    texts = [q.text for questions in world.split("test").values() for q in questions]
+    prompts = [encode_prompt(tokenizer, text) for text in texts]
+    ids = generate(acting, prompts, max_new_tokens=64, edits=edits, temperature=1.0)
+    rates = judge.rates(texts, ids)
+    out = {name: m[name] for name in ("loss", "accuracy", "margin", "l0")}
+    out |= {"well-formed": rates["parse"], "truth": rates["truth"]}
+    out["rewarded"] = mean(rates[c] for c in REWARDED)
+    return out | {"kl": drift(model, tokenizer, policy, judge.neutral(64)) if policy else 0.0}
+
+
+def cost(model, tokenizer, policy):
+    """Trainable numbers, and FLOPs of a step of 32 pairs: forward, backward, the frozen blocks too."""
+    pairs, _ = simpo.encode_pairs(tokenizer, read_pairs("tiny/pairs/style", "train", 32))
+    trainable = [p for p in policy.parameters() if p.requires_grad]
+    with FlopCounterMode(display=False) as counter:
+        s = simpo.score(model, simpo.collate(pairs), policy)
+        if trainable:
+            (s.chosen.mean - s.rejected.mean).sum().backward()
+    return {"trainable": sum(p.numel() for p in trainable), "flops": counter.get_total_flops()}
+
+
+def curve(folder, spec):
+    """A finished policy at every strength. -> {"strength": measured, ..., "cost": cost}"""
+    torch.set_num_threads(1)
+    run = fsrl.load_run(folder, policy=spec)
+    model, tokenizer = run.model, run.tokenizer
+    out = {"cost": cost(model, tokenizer, run.policy.train())}
+    run.policy.eval()
+    parts = getattr(run.policy, "steerings", [run.policy])
+    trained = [s.strength for s in parts]
+    for strength in STRENGTHS:
+        for s, full in zip(parts, trained):
+            s.strength = strength * full
+        out[str(strength)] = measured(model, tokenizer, run.policy)
+    return out
+
+
+# ---- choosing, training, measuring -------------------------------------------------------------------
+
+def chosen(trials):
+    """The index of the trial of largest margin among those whose text stayed whole. trials: [rows]"""
+    def worth(i):
+        base, trained = trials[i]["base"], trials[i]["trained"]
+        whole = trained["parse_sampled"] > base["parse_sampled"] - WEAKER
+        return whole, trained["margin"] if whole else trained["parse_sampled"]
+    return max(range(len(trials)), key=worth)
+
+
+def everything(config):
+    """Trains and measures what docs/policies.json does not hold yet."""
+    data = read_json(DATA) if DATA.exists() else {"policies": {}}
+    every, seeds = policies(), range(config.seeds)
+    jobs = {f"{name}-{i}": {"eval_split": "dev", **how, "seed": 0}
+            for name, trials in every.items() for i, how in enumerate(trials)}
+    found = dict(tqdm(train_all(jobs, RUNS, 2), total=len(jobs), desc="trials"))
+    best = {name: chosen([found[f"{name}-{i}"] for i in range(len(every[name]))]) for name in every}
+    # more seeds of the best; what is measured has none
+    jobs = {}
+    for name, i in best.items():
+        for seed in seeds if "lr" in every[name][i] else [0]:
+            settings = {"eval_split": "dev", **every[name][i], "seed": seed}
+            jobs[f"{name}-{i}" + f", seed {seed}" * (seed > 0)] = settings
+    found |= dict(tqdm(train_all(jobs, RUNS, 2), total=len(jobs), desc="seeds"))
+    for name in every:
+        tried = [{**how, **row_of(found[f"{name}-{n}"])} for n, how in enumerate(every[name])]
+        data["policies"].setdefault(name, {"curves": {}}).update(trials=tried, best=best[name])
+    if "base" not in data:
+        data["base"] = measured(load_gemma("tiny/model"), load_tokenizer("tiny/model"))
+    # the curves
+    todo = [run for run in jobs if run not in curves_of(data, run)]
+    specs = [jobs[run].get("policy") for run in todo]
+    with ProcessPoolExecutor(2, max_tasks_per_child=1) as pool:
+        done = pool.map(curve, [RUNS / run for run in todo], specs)
+        for run, points in tqdm(zip(todo, done), total=len(todo), desc="curves"):
+            points["seconds"] = found[run]["trained"]["seconds"]
+            curves_of(data, run)[run] = points
+            data["made"] = f"{time.strftime('%Y-%m-%d')}, one thread, torch {torch.__version__}"
+            write_json(DATA, data, indent=1)
+    return data
+
+
+def curves_of(data, run):
+    return data["policies"][run.rpartition("-")[0]]["curves"]
+
+
+def row_of(rows):
+    """What a trial said on dev."""
+    return {f"dev {x}": rows["trained"][x] for x in ("loss", "margin", "accuracy", "parse_sampled")}
+
+
+# ---- table and figure --------------------------------------------------------------------------------
+
+COLUMNS = {"accuracy": ".3f", "margin": ".3f", "loss": ".2f", "rewarded": ".3f", "truth": ".3f",
+           "well-formed": ".3f", "kl": ".3f"}
+
+
+def at(data, name, strength, column):
+    """Over seeds. -> list"""
+    return [c[str(strength)][column] for c in data["policies"][name]["curves"].values()]
+
+
+def blocks():
+    """The table of docs/lab.md, every policy at strength 1."""
+    data, rows = read_json(DATA), []
+    rows.append(["base", *(number(data["base"][x], form) for x, form in COLUMNS.items()), "", "", ""])
+    for name, policy in data["policies"].items():
+        cells = []
+        for column, form in COLUMNS.items():
+            values = at(data, name, 1.0, column)
+            spread = f" ± {number(stdev(values), form)}" if len(values) > 1 else ""
+            cells.append(number(mean(values), form) + spread)
+        first = next(iter(policy["curves"].values()))
+        size, flops = first["cost"]["trainable"], first["cost"]["flops"] / 1e9
+        rows.append([name, *cells, f"{size:,}", f"{flops:.1f}", number(first["seconds"], ".0f")])
+    head = ["", "accuracy", "margin, nats a token", "SimPO loss", "rewarded style", "truth",
+            "well-formed", "KL on neutral text", "trainable", "GFLOP a step", "seconds"]
+    return {"policies": markdown(head, rows) + f"\n\n({data['made']}.)\n"}
+
+
+def draw(data, path):
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        print("no figure: it needs matplotlib (pip install -r requirements-extra.txt)")
+        return
+    base = data["base"]
+    gained = {"margin gained, nats a token": "margin", "accuracy": "accuracy"}
+    damage = {"KL on neutral text": "kl", "well-formed answers": "well-formed", "truth": "truth"}
+    figure, axes = pyplot.subplots(2, 3, figsize=(12, 7), layout="constrained", sharey="row")
+    for (title, y), row in zip(gained.items(), axes):
+        for (words, x), axis in zip(damage.items(), row):
+            less = base["margin"] if y == "margin" else 0
+            for k, name in enumerate(data["policies"]):
+                points = [(base[x], base[y] - less)]
+                for strength in STRENGTHS:
+                    points.append((mean(at(data, name, strength, x)),
+                                   mean(at(data, name, strength, y)) - less))
+                style = {"color": f"C{k}", "lw": 1.2, "marker": ".", "ms": 4}
+                axis.plot(*zip(*points), label=name, **style)
+                axis.plot(*points[1 + STRENGTHS.index(1.0)], "o", color=f"C{k}", ms=7)
+            axis.plot(base[x], base[y] - less, "k*", ms=12)
+            axis.set(xlabel=words, ylabel=title if axis is row[0] else "")
+            if x == "kl":
+                axis.set_xscale("symlog", linthresh=0.01)
+            else:
+                axis.invert_xaxis()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5,
+                  frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+@dataclass
+class FrontierConfig:
+    table: bool = setting(False, "train nothing: table and figure from what is there", group="what")
+    seeds: int = setting(3, "of each policy that is trained", low=1)
+
+
+def run(config):
+    if config.table and not DATA.exists():
+        raise UserError(f"{DATA} is not there; run this without --table")
+    data = read_json(DATA) if config.table else everything(config)
+    fill(blocks())
+    draw(data, ROOT / "docs" / "policies.png")
+    print(blocks()["policies"])
+
+
+def main(argv=None):
+    return command("python -m experiments.frontier", FrontierConfig, run, argv,
+                   "What each way of changing the model costs and buys.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
