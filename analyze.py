@@ -33,7 +33,7 @@ import fsrl
 import simpo
 from lib.blocks import Table, Text, as_text, group_of, interval, number, percent
 from lib.counts import Counts, Sparse, widest
-from lib.files import ROOT, UserError
+from lib.files import ROOT, UserError, read_json
 from lib.judge import judge_of
 from lib.labels import groups
 from lib.pairs import read_held_out
@@ -450,6 +450,7 @@ LEDGER = Section("ledger", "The ledger", QUESTION, ledger, describe_ledger)
 ORDER = ("behaviour", "ledger", "features", "cards", "masking", "strength", "usage", "rates",
          "geometry")
 AFTER = {"cards": ("features",)}                 # whose results a section is given
+ELSEWHERE = ("layers",)                          # shown if its own command has measured it
 # Defaults for the lab, whose model is tiny, and for others.
 DEFAULTS = {
     "limit": (1000, 200), "answers": (1000, 64),
@@ -559,6 +560,11 @@ def report(o):
             blocks = section.describe(found[name], about)
             print(f"\n{section.title}\n{as_text(blocks)}")
         told.append((name, section.title, section.question, blocks))
+    for name in ELSEWHERE:
+        path, x = Path(o.run) / "analysis" / f"{name}.json", instrument(name)
+        if x and path.is_file():
+            blocks = x.describe(read_json(path)["result"], about)
+            told.append((name, x.TITLE, x.QUESTION, blocks))
     if verdict:
         says = verdict.verdict(found, about)
         told.append(verdict.calibration())

@@ -1,5 +1,5 @@
-"""`python train.py`: trains a policy on preference pairs. Without arguments: on the lab in tiny/, about
-a minute on a CPU.
+"""`python train.py`: trains a policy on preference pairs. Without arguments: on the lab in tiny/, one or
+two minutes on a CPU.
 
 Top to bottom: the settings, what is minimised (`objective`), the loop (`train`), what is measured and
 printed, and the plumbing that opens what the settings name.
@@ -7,7 +7,7 @@ printed, and the plumbing that opens what the settings name.
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -31,10 +31,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float64")
 
 @dataclass
 class TrainConfig:
-    """Every setting of a run; each is a command-line option. The defaults are the lab's recipe.
-
-    Bounds stand beside the help (see lib/settings.py): low and high are included, above is not.
-    """
+    """Every setting of a run, each a command-line option; the defaults are the lab's recipe. Of bounds
+    (see lib/settings.py) low and high are included, above is not."""
     # What is trained on. Several SAEs, each on a layer of its own, are steered together.
     model: str = setting("tiny/model", "a Gemma-2: local folder or Hub repo id", group="data")
     sae: list = setting(["tiny/sae"], "SAEs: folder or repo:path (default: tiny/sae)", many=True)
@@ -106,6 +104,10 @@ class TrainConfig:
         if self.adapter and (self.activation != "soft" or self.policy):
             raise UserError("--adapter replaces the built-in adapter, whose --activation this is, "
                             "and --policy replaces both: give one of them")
+        usual = {f.name: f.default for f in fields(self)}
+        for name in (*fsrl.KEPT, "activation", "mask") if self.policy else ():     # Steering's own
+            if getattr(self, name, None) != usual.get(name):
+                raise UserError(f"--policy replaces the steering, to which the setting {name} belongs")
         if self.adapter_args and not self.adapter or self.policy_args and not self.policy:
             raise UserError("--adapter-args and --policy-args belong to --adapter and --policy")
 
@@ -218,7 +220,7 @@ def train(config):
     policy.train()
     parameters = trainable(policy)                         # none: the policy is measured, not trained
     optimizer = make_optimizer(policy, config) if parameters else None
-    per_step = config.batch_size * config.accumulation
+    per_step = config.batch_size * config.accumulation                     # pairs
     order = pair_order(pairs, per_step, config.seed)
     length = sum(len(p.chosen) for p in pairs) / len(pairs)                   # see `objective`
     # All of the frozen output fits, or keeping some of it hardly ever helps.
@@ -369,10 +371,10 @@ def prepare(config):
         torch.set_num_threads(config.threads)
     device, dtype = choose_device(config.device, config.dtype)
     # settings, files of the user's, data: cheap
-    check_free(config.runs, config.run)
+    check_free(config.runs, config.run)                        # hours later would be too late
     own = own_objective(config.objective) if config.objective else None
     tokenizer = load_tokenizer(config.model)
-    judge = judge_of(config.pairs, tokenizer)
+    judge = judge_of(config.pairs, tokenizer)                  # what is known about answers to these
     held = config.eval_pairs or (1000 if config.steps > 100 else 200)
     records = read_splits(config.pairs, config.eval_split, config.train_pairs, held)
     encoded = []

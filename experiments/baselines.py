@@ -10,7 +10,7 @@
     python train.py --policy experiments/baselines.py:LoRA --policy-args rank=8 blocks=2-
 
 Steering several layers, through random directions or through an SAE of which only the encoder was
-trained needs no class: it is train.py with other --sae (`python -m experiments.sweep` makes them).
+trained needs no class: it is train.py with another --sae (`python -m tiny.make saes` trains some).
 """
 from copy import deepcopy
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch.nn import functional as nnf
 
 import simpo
 from fsrl import Steering
-from lib.files import UserError, atomically
+from lib.files import UserError, atomically, explained
 
 FILE = "policy.safetensors"
 MATRICES = {"attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -42,7 +42,8 @@ class Learned:
         atomically(Path(folder) / FILE, lambda path: save_file(tensors, path))
 
     def load(self, folder):
-        tensors = load_file(Path(folder) / FILE)
+        with explained(Path(folder) / FILE, "it does not hold what such a policy learned"):
+            tensors = load_file(Path(folder) / FILE)
         if {n: x.shape for n, x in tensors.items()} != {n: x.shape for n, x in self.learned().items()}:
             raise UserError(f"{folder}/{FILE} was written by a policy of other settings")
         self.load_state_dict(tensors, strict=False)
@@ -247,19 +248,20 @@ def block_numbers(blocks, count):
 
 
 class Full(Tuned):
-    """A copy of the model, all of it trained, in float32: steps of lr would be rounded away in bf16.
+    """A copy of the model, all of it trained, in float32: steps of lr would be rounded away in bf16 (so
+    it differs from a base model in bf16 by rounding, before any step).
 
     The embedding is tied: it learns as input and as head. Its strength goes from the base model's
     weights (0) in a straight line to the trained ones (1).
     """
     frozen = None
 
-    def __init__(self, model, saes, strength=1.0):
+    def __init__(self, model, saes):
         super().__init__()
         self.tuned = deepcopy(model).requires_grad_(True)
         if model.embed_tokens.weight.dtype != torch.float64:
             self.tuned.float()
-        self.base, self.trained, self._strength = list(model.parameters()), None, strength
+        self.base, self.trained, self._strength = list(model.parameters()), None, 1.0
 
     @property
     def strength(self):

@@ -6,10 +6,10 @@ well-formed, truth), a curve a policy over its strength, the base model in the c
     FSRL            this project's adapter; on two layers; on random directions; on an SAE whose decoder
                     was never trained (2602.14111's control)
     Constant, MeanDifference, ConditionalMap, LoRA, Full           experiments/baselines.py
-    TRL             what a user would pick instead                 experiments/peers.py
+    TRL             what a user would pick instead: one rate, one seed        experiments/peers.py
 
-Each policy gets four trials on `dev`, one seed, for its learning rate and its own knob (what is measured
-has its strength alone); what wins is trained with three seeds. Everything is kept as it is done.
+Each of ours gets four trials on `dev`, one seed, for its learning rate and its own knob (what is
+measured has its strength alone); what wins is trained with three seeds. All is kept as it is done.
 
     python -m experiments.frontier              # docs/policies.json, a table of docs/lab.md, a figure
     python -m experiments.frontier --table      # from what is there
@@ -30,7 +30,7 @@ import fsrl
 import simpo
 from experiments import lab
 from experiments.results import fill, markdown
-from experiments.sweep import SAES, train_all
+from experiments.sweep import SAES, saes_in, train_all
 from gemma import encode_prompt, generate, load_gemma, load_tokenizer
 from instruments.health import drift
 from lib.blocks import number
@@ -49,14 +49,14 @@ REWARDED = [c for c in world.STYLE if world.WORLDS["style"][c] > 0]
 
 
 def sae_of(layer, folder=SAES):
-    found = sorted(folder.glob(f"layer_{layer}/**/params.npz"))
-    if not found:
-        raise UserError(f"{folder}: no SAE of layer {layer}; `python -m tiny.make saes` trains them")
-    return str(found[0].parent)
+    if found := saes_in(folder / f"layer_{layer}"):
+        return found[0]
+    raise UserError(f"{folder}: no SAE of layer {layer}; `python -m tiny.make saes` trains them")
 
 
 def trials(fixed, **choices):
     """Every combination of the choices. -> settings of train.py"""
+    fixed = {"eval_split": "dev", "seed": 0, **fixed}
     return [{**fixed, **dict(zip(choices, values))} for values in product(*choices.values())]
 
 
@@ -143,43 +143,53 @@ def chosen(trials):
 
 def everything(config):
     """Trains and measures what docs/policies.json does not hold yet."""
-    data = read_json(DATA) if DATA.exists() else {"policies": {}}
-    every, seeds = policies(), range(config.seeds)
-    jobs = {f"{name}-{i}": {"eval_split": "dev", **how, "seed": 0}
-            for name, trials in every.items() for i, how in enumerate(trials)}
-    found = dict(tqdm(train_all(jobs, RUNS, 2), total=len(jobs), desc="trials"))
-    best = {name: chosen([found[f"{name}-{i}"] for i in range(len(every[name]))]) for name in every}
+    every = policies()
+    tried = {run_of(name, how): how for name, trials in every.items() for how in trials}
+    found = dict(tqdm(train_all(tried, RUNS, 2), total=len(tried), desc="trials"))
     # more seeds of the best; what is measured has none
-    jobs = {}
-    for name, i in best.items():
-        for seed in seeds if "lr" in every[name][i] else [0]:
-            settings = {"eval_split": "dev", **every[name][i], "seed": seed}
-            jobs[f"{name}-{i}" + f", seed {seed}" * (seed > 0)] = settings
+    jobs, owner = {}, {}
+    for name, trials in every.items():
+        rows = [found[run_of(name, how)] for how in trials]
+        how = trials[chosen(rows)]
+        for seed in range(config.seeds) if "lr" in how else [0]:
+            run = run_of(name, {**how, "seed": seed})
+            jobs[run], owner[run] = {**how, "seed": seed}, name
     found |= dict(tqdm(train_all(jobs, RUNS, 2), total=len(jobs), desc="seeds"))
-    for name in every:
-        tried = [{**how, **row_of(found[f"{name}-{n}"])} for n, how in enumerate(every[name])]
-        data["policies"].setdefault(name, {"curves": {}}).update(trials=tried, best=best[name])
+    # the curves
+    data = kept()
     if "base" not in data:
         data["base"] = measured(load_gemma("tiny/model"), load_tokenizer("tiny/model"))
-    # the curves
-    todo = [run for run in jobs if run not in curves_of(data, run)]
-    specs = [jobs[run].get("policy") for run in todo]
+    old = {}
+    for policy in data["policies"].values():
+        old |= policy["curves"]
+    for name, trials in every.items():
+        rows = [{**how, **on_dev(found[run_of(name, how)])} for how in trials]
+        curves = {run: old[run] for run in jobs if owner[run] == name and run in old}
+        data["policies"][name] = {"trials": rows, "curves": curves}
+    todo = [run for run in jobs if run not in old]
     with ProcessPoolExecutor(2, max_tasks_per_child=1) as pool:
-        done = pool.map(curve, [RUNS / run for run in todo], specs)
+        done = pool.map(curve, [RUNS / run for run in todo], [jobs[run].get("policy") for run in todo])
         for run, points in tqdm(zip(todo, done), total=len(todo), desc="curves"):
-            points["seconds"] = found[run]["trained"]["seconds"]
-            curves_of(data, run)[run] = points
+            data["policies"][owner[run]]["curves"][run] = points
             data["made"] = f"{time.strftime('%Y-%m-%d')}, one thread, torch {torch.__version__}"
             write_json(DATA, data, indent=1)
-    return data
 
 
-def curves_of(data, run):
-    return data["policies"][run.rpartition("-")[0]]["curves"]
+def run_of(name, how):
+    """The name of a run, which says its settings."""
+    words = [name]
+    for key, value in how.items():
+        if key in ("lr", "l1", "policy_args"):
+            words.append(f"{key} {value}" if key != "policy_args" else " ".join(value))
+    return ", ".join([*filter(None, words), f"seed {how['seed']}"])
 
 
-def row_of(rows):
-    """What a trial said on dev."""
+def kept():
+    return read_json(DATA) if DATA.exists() else {"policies": {}}
+
+
+def on_dev(rows):
+    """What a trial said."""
     return {f"dev {x}": rows["trained"][x] for x in ("loss", "margin", "accuracy", "parse_sampled")}
 
 
@@ -196,8 +206,8 @@ def at(data, name, strength, column):
 
 def blocks():
     """The table of docs/lab.md, every policy at strength 1."""
-    data, rows = read_json(DATA), []
-    rows.append(["base", *(number(data["base"][x], form) for x, form in COLUMNS.items()), "", "", ""])
+    data, rows = kept(), []
+    rows.append(["base", *(number(data["base"][x], form) for x, form in COLUMNS.items()), "", ""])
     for name, policy in data["policies"].items():
         cells = []
         for column, form in COLUMNS.items():
@@ -206,9 +216,9 @@ def blocks():
             cells.append(number(mean(values), form) + spread)
         first = next(iter(policy["curves"].values()))
         size, flops = first["cost"]["trainable"], first["cost"]["flops"] / 1e9
-        rows.append([name, *cells, f"{size:,}", f"{flops:.1f}", number(first["seconds"], ".0f")])
+        rows.append([name, *cells, f"{size:,}", f"{flops:.1f}"])
     head = ["", "accuracy", "margin, nats a token", "SimPO loss", "rewarded style", "truth",
-            "well-formed", "KL on neutral text", "trainable", "GFLOP a step", "seconds"]
+            "well-formed", "KL on neutral text", "trainable", "GFLOP a step"]
     return {"policies": markdown(head, rows) + f"\n\n({data['made']}.)\n"}
 
 
@@ -253,11 +263,12 @@ class FrontierConfig:
 
 
 def run(config):
-    if config.table and not DATA.exists():
-        raise UserError(f"{DATA} is not there; run this without --table")
-    data = read_json(DATA) if config.table else everything(config)
+    if not config.table:
+        everything(config)
+    if "base" not in kept():
+        raise UserError(f"{DATA} has no policies yet; run this without --table")
     fill(blocks())
-    draw(data, ROOT / "docs" / "policies.png")
+    draw(kept(), ROOT / "docs" / "policies.png")
     print(blocks()["policies"])
 
 

@@ -3,7 +3,8 @@
 TRL (trl.experimental.cpo, full fine-tuning) is what a user would pick instead. It is no requirement:
 `pip install trl` beside requirements-extra.txt. Its model is read by gemma.py and goes into the same
 table and figure as the others (experiments/frontier.py), once by itself and once with `cpo_alpha`, its
-term that keeps the text whole, at our nll_weight.
+term that keeps the text whole, at our nll_weight. It gets one learning rate and one seed: a training
+takes seven minutes on one core.
 
     python -m experiments.peers             # into docs/policies.json
 """
@@ -21,7 +22,7 @@ import train
 from experiments import frontier
 from experiments.baselines import Full
 from gemma import encode_answer, encode_prompt, load_gemma, load_tokenizer
-from lib.files import UserError, read_json, write_json
+from lib.files import UserError, write_json
 from lib.pairs import read_pairs
 from lib.settings import command, setting
 
@@ -81,7 +82,7 @@ def train_trl(alpha, config):
     for strength in frontier.STRENGTHS:
         policy.strength = strength
         points[str(strength)] = frontier.measured(base, tokenizer, policy)
-    return {"curves": {f"trl-{alpha:g}": points}, "trials": [], "best": 0}
+    return {"curves": {f"trl-{alpha:g}": points}, "trials": []}
 
 
 def our_step(settings, steps=100):
@@ -101,15 +102,19 @@ class PeersConfig:
 
 
 def run(config):
-    data = read_json(frontier.DATA) if frontier.DATA.exists() else {"policies": {}}
     ours = {"FSRL": {}, "Full": {"policy": "experiments/baselines.py:Full"}}
-    data["seconds a step"] = {name: our_step(settings) for name, settings in ours.items()}
+    seconds = {name: our_step(settings) for name, settings in ours.items()}
     for name, alpha in VARIANTS.items():
-        data["policies"][name] = train_trl(alpha, config)
-        data["seconds a step"][name] = data["policies"][name]["curves"][f"trl-{alpha:g}"]["step"]
+        if name in frontier.kept()["policies"]:
+            print(f"{name}: kept")
+            continue
+        made = train_trl(alpha, config)
+        seconds[name] = made["curves"][f"trl-{alpha:g}"]["step"]
+        data = frontier.kept()
+        data["policies"][name] = made
+        data["seconds a step"] = data.get("seconds a step", {}) | seconds
         write_json(frontier.DATA, data, indent=1)
-        print(name, data["policies"][name]["curves"][f"trl-{alpha:g}"]["1.0"])
-    print(data["seconds a step"])
+    print(frontier.kept().get("seconds a step"))
 
 
 def main(argv=None):

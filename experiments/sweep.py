@@ -14,11 +14,11 @@ import json
 import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import train
-from experiments.results import markdown
+from experiments.results import fill, markdown
 from lib.blocks import number
 from lib.files import ROOT, UserError, read_json, write_json
 from lib.settings import check, command, key_values, setting
@@ -26,8 +26,14 @@ from sae import load_sae
 from train import TrainConfig
 
 SAES = ROOT / "runs" / "saes"
+WHEREVER = ("run", "runs", "device", "dtype", "threads", "log_every", "save_every", "keep_prefix")
 JUMPRELU = {"activation": "jumprelu", "init": 1e-4, "threshold_lr": 30.0}
 COLUMNS = {"loss": ".3f", "accuracy": ".3f", "margin": ".3f", "l0": ".1f", "parse_sampled": ".3f"}
+
+
+def saes_in(folder):
+    """Every SAE below a folder of the project, named from its root."""
+    return sorted(str(path.parent.relative_to(ROOT)) for path in folder.rglob("params.npz"))
 
 
 # ---- many trainings --------------------------------------------------------------------------------
@@ -37,8 +43,8 @@ def outcome(folder, settings):
     if not (folder / "config.json").is_file():
         return None
     config = read_json(folder / "config.json")
-    for name, value in settings.items():
-        if config.get(name) != value:
+    for name, value in asdict(TrainConfig(**settings)).items():
+        if name not in WHEREVER and config.get(name) != value:
             raise UserError(f"{folder} is of other settings ({name} is {config.get(name)!r}, now "
                             f"{value!r}); name another folder, or remove it")
     metrics = folder / "metrics.jsonl"
@@ -81,7 +87,7 @@ class SweepConfig:
     fixed: list = setting([], "settings that all runs have, name=value", many=True)
     folder: str = setting("runs/sweep", "where the runs are kept")
     processes: int = setting(2, "trainings at a time, a thread each (1: on a GPU)", low=1)
-    docs: bool = setting(False, "keep the outcome in docs/sweep.json, and write its table and figure")
+    docs: bool = setting(False, "into docs/: sweep.json, the figure, and the table in docs/lab.md")
     __post_init__ = check
 
 
@@ -90,6 +96,8 @@ def known(given, flag):
     out = key_values(given, flag)
     if unknown := set(out) - {f.name for f in fields(TrainConfig)}:
         raise UserError(f"{flag}: train.py has no setting {min(unknown)!r}")
+    if kept := set(out) & {*WHEREVER, "sae"}:
+        raise UserError(f"{flag}: {min(kept)} is the sweep's own to set")
     return out
 
 
@@ -103,8 +111,8 @@ def sweep(config):
             if name == "l1":
                 over[f"jumprelu_{name}_{value}"] = {**JUMPRELU, name: value}
     for how in over.values():
-        TrainConfig(**fixed, **how)                       # mistakes first
-    sources = config.saes or sorted(str(p.parent) for p in SAES.rglob("params.npz"))
+        TrainConfig(**{**fixed, **how})                   # mistakes first
+    sources = config.saes or saes_in(SAES)
     if not sources:
         raise UserError("there are no SAEs in runs/saes: `python -m tiny.make saes` trains the lab's, "
                         "--saes names others")
@@ -176,6 +184,8 @@ def run(config):
     folder = ROOT / "docs" if config.docs else Path(config.folder)
     write_json(folder / "sweep.json", found, indent=1)
     draw(found["stages"], folder / "sweep.png")
+    if config.docs:
+        fill({"sweep": f"{table(found['stages'])}\n"})
 
 
 def main(argv=None):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lib.files import UserError, explained, json_lines, short_digest
+from lib.files import UserError, explained, json_lines, short_digest, write_text
 from lib.labels import LABELS, sae_folder
 
 CRITERIA = {
@@ -63,7 +63,8 @@ def check_source(source_id, sae, where):
     l0 = l0 or CANONICAL_L0.get(given)
     width = f"{sae.d_sae // 1000}k" if sae.d_sae < 10**6 else f"{sae.d_sae // 10**6}m"   # 65,536: 65k
     own_l0 = re.search(r"average_l0_(\d+)|$", str(sae_folder(sae) or sae.source))[1]
-    fits = re.fullmatch(rf".*/{sae.layer}-.*res-{width}", given)
+    size = re.search(r"gemma-scope-(\d+b)-|$", sae.source)[1] or ""                # 2b or 9b, if it says
+    fits = re.fullmatch(rf".*{size}/{sae.layer}-.*res-{width}", given)
     if not fits or l0 and own_l0 and l0 != own_l0:
         raise UserError(f"{where}: explanations of {given}, L0 {l0 or 'unknown'}; {sae.source} needs "
                         f"those of layer {sae.layer}, res-{width}, L0 {own_l0 or 'unknown'}")
@@ -106,6 +107,9 @@ def judge_labels(explanations, judge, raw_path):
     crash the same call goes on. Labels are null where an answer is neither Yes nor No.
     """
     raw, rows = Path(raw_path), []
+    if raw.exists():
+        lines = raw.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_text(raw, "".join(line for line in lines if line.endswith("\n")))     # a crash may cut one
     kept = [row for _, row in json_lines(raw)] if raw.exists() else []
     answers = {row["prompt"]: row["answer"] for row in kept if row["judge"] == judge.name}
     raw.parent.mkdir(parents=True, exist_ok=True)

@@ -23,9 +23,10 @@ def objective(config, steerings=()):
         parts.append(words + (f" at weight {weight:g}" if weight != 1 else ""))
     if nll:
         parts.append(f"{nll:g} × NLL of the chosen answers" + ("" if weight else " (imitation alone)"))
+    if config.get("policy"):
+        return f"{named(config['policy'])}, {' + '.join(parts)} and its own penalty, if it has one"
     if config.get("l1"):
         own = [type(s.adapter).__name__ for s in steerings if hasattr(s.adapter, "penalty")]
-        own = own or [named(config["policy"])] if config.get("policy") else own
         penalty = f"the penalty of {' and '.join(own)}" if own else "ℓ1 of the steering"
         parts.append(f"{config['l1']:g} × {penalty}")
     masked = ", with some features masked," if config.get("mask") else ""

@@ -11,8 +11,8 @@ from lib.files import UserError
 from lib.runs import aligned
 from lib.text import decode, side_by_side
 
-ABOUT = ("Train a policy on preference pairs. Without arguments: on the lab in tiny/, about a minute on "
-         "a CPU. `--pairs tiny/pairs/honest` is its other world, `--steps 20` an instant trial.")
+ABOUT = ("Train a policy on preference pairs. Without arguments: on the lab in tiny/, a minute or "
+         "two on a CPU. `--pairs tiny/pairs/honest` is its other world, `--steps 20` an instant trial.")
 HEAD = " step    loss  penalty  margin    acc      L0      L1       lr  tokens/s"
 LINE = ("{:5d}  {loss:6.3f}  {penalty:7.3f}  {margin:6.3f}  {accuracy:5.1%}  {l0:6.1f}  {l1:6.3f}"
         "  {lr:.1e}  {tokens_per_s:8.0f}")

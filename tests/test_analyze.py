@@ -12,7 +12,7 @@ import analyze
 import fsrl
 import simpo
 from analyze import HeldOut
-from common import lively_adapter, mutant, small_gemma, small_sae, some_pairs
+from common import mutant, small_gemma, small_sae, some_pairs
 from instruments import features, masking, rates, usage, verdict
 from lib.blocks import as_text
 from lib.counts import Sparse

@@ -2,7 +2,6 @@
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import fields, is_dataclass, replace
 from html.parser import HTMLParser
 

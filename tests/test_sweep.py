@@ -1,13 +1,15 @@
 """Many trainings: a sweep chooses on dev, goes on where it stopped, and refuses what does not fit."""
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
 
 from common import ROOT
 from experiments import frontier, sweep
-from lib.files import read_json
+from lib.files import read_json, write_json
 from sae import JumpReLUSAE, save_sae
+from train import TrainConfig
 
 SHORT = ["eval_pairs=24", "steps=2", "train_pairs=40", "batch_size=8", "max_length=64"]
 
@@ -56,13 +58,14 @@ def test_two_stages_and_again(saes, tmp_path, capsys):
 
 
 BAD = {"--over x=1": "train.py has no setting 'x'", "--over l1": "write name=value",
-       "--over l1=-1": "l1", "--fixed steps=3": "is of other settings (steps is 2, now 3)"}
+       "--over l1=-1": "l1", "--fixed steps=3": "is of other settings (steps is 2, now 3)",
+       "--fixed l1=0.1": "is of other settings (l1 is 0.03, now 0.1)", "--fixed run=x": "run is the sweep's own to set"}
 
 
 @pytest.mark.parametrize("given", BAD)
 def test_sweeps_that_cannot_be(given, saes, tmp_path, capsys):
     (tmp_path / "layer_1").mkdir()
-    config = {"eval_split": "dev", "steps": 2, "sae": saes[0]}
+    config = asdict(TrainConfig(eval_split="dev", steps=2, sae=saes[0]))
     (tmp_path / "layer_1" / "config.json").write_text(json.dumps(config))
     flag, value = given.split()
     assert sweep.main(["--folder", str(tmp_path), "--saes", saes[0], "--processes", "1", flag, value]) == 2
@@ -81,3 +84,30 @@ def trial(margin, parse):
 def test_the_chosen_trial_keeps_its_text():
     assert frontier.chosen([trial(.2, .97), trial(.5, .60), trial(.3, .96)]) == 2
     assert frontier.chosen([trial(.5, .60), trial(.2, .70)]) == 1
+
+
+def test_table_and_figure_of_the_policies(tmp_path, monkeypatch):
+    """Means over seeds at strength 1, the base first; the figure has a curve for each."""
+    point = dict.fromkeys((*frontier.COLUMNS, "l0"), 0.5)
+    curve = {str(x): {**point, "margin": x} for x in frontier.STRENGTHS}
+    curve |= {"cost": {"trainable": 1234, "flops": 5e9}, "step": 0.1}
+    other = {**curve, "1.0": {**point, "margin": 2.0}}
+    policies = {"LoRA": {"curves": {"LoRA-0": curve, "LoRA-0, seed 1": other}}, "Full": {"curves": {"Full-1": curve}}}
+    write_json(tmp_path / "policies.json", {"base": point, "policies": policies, "made": "today"})
+    monkeypatch.setattr(frontier, "DATA", tmp_path / "policies.json")
+    lines = frontier.blocks()["policies"].splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:5]] == ["base", "LoRA", "Full"] and lines[-1] == "(today.)"
+    assert "| 1.500 ± 0.707 |" in lines[3] and "| 1,234 | 5.0 |" in lines[3] and "| 1.000 |" in lines[4]
+    frontier.draw(read_json(frontier.DATA), tmp_path / "policies.png")
+    assert (tmp_path / "policies.png").stat().st_size > 10_000
+
+
+def test_four_trials_each(monkeypatch):
+    monkeypatch.setattr(frontier, "sae_of", lambda layer, folder=None: f"sae of {layer}")
+    monkeypatch.setattr(frontier.lab, "random_dictionary", str)
+    every = frontier.policies()
+    assert len(every) == 9 and all(len(trials) == 4 for trials in every.values())
+    for trials in every.values():
+        assert len({repr(how) for how in trials}) == 4
+        for how in trials:
+            TrainConfig(**how)

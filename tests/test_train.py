@@ -186,6 +186,7 @@ MISTAKES = {
     "--adapter none.py:A": "there is no file",
     "--adapter a.py:A --activation relu": "--adapter replaces the built-in adapter",
     "--adapter a.py:A --policy b.py:B": "--policy replaces both",
+    "--policy b.py:B --top-k 3": "--policy replaces the steering, to which the setting top_k belongs",
     "--adapter-args rank=3": "--adapter-args and --policy-args belong to",
     "--objective none.py:dpo": "--objective none.py:dpo: there is no file",
     "--policy none.py:P": "--policy none.py:P: there is no file",

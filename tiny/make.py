@@ -192,7 +192,8 @@ def make_saes(out, scale=1.0):
     for layer in range(gemma.load_config(out / "model").num_hidden_layers):
         if not (runs / "saes" / f"layer_{layer}").exists():
             train_layer(out, runs / "saes", layer, scale)
-    train_layer(out, runs / "saes_frozen", LAYER, scale, learn_decoder=False)
+    if not (runs / "saes_frozen").exists():
+        train_layer(out, runs / "saes_frozen", LAYER, scale, learn_decoder=False)
 
 
 # ---- pairs -------------------------------------------------------------------------------------------
