@@ -7,7 +7,7 @@ printed, and the plumbing that opens what the settings name.
 import math
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -17,7 +17,7 @@ import fsrl
 import simpo
 from gemma import encode_prompt, generate, load_config, load_gemma, load_tokenizer
 from lib import show
-from lib.files import UserError
+from lib.files import UserError, explained
 from lib.judge import judge_of
 from lib.labels import masked_features
 from lib.pairs import read_splits
@@ -102,11 +102,9 @@ class TrainConfig:
         if not self.simpo_weight and not self.nll_weight:
             raise UserError("--simpo-weight and --nll-weight are both 0: nothing is left to learn from")
         if self.adapter and (self.activation != "soft" or self.policy):
-            raise UserError("--adapter replaces the built-in adapter, whose --activation this is, "
-                            "and --policy replaces both: give one of them")
-        usual = {f.name: f.default for f in fields(self)}
+            raise UserError("--adapter replaces --activation, and --policy replaces both: give one")
         for name in (*fsrl.KEPT, "activation", "mask") if self.policy else ():     # Steering's own
-            if getattr(self, name, None) != usual.get(name):
+            if getattr(self, name, None) != getattr(TrainConfig, name, None):
                 raise UserError(f"--policy replaces the steering, to which the setting {name} belongs")
         if self.adapter_args and not self.adapter or self.policy_args and not self.policy:
             raise UserError("--adapter-args and --policy-args belong to --adapter and --policy")
@@ -209,7 +207,7 @@ def train(config):
     # open, prove that nothing happens when nothing should, measure the base model
     show.announce(config)
     model, tokenizer, policy, pairs, held, judge, own = prepare(config)
-    gap = check_policy(model, policy, pairs, config.policy)
+    gap = check_policy(model, policy, pairs)
     folder = start_folder(config, model, policy, train=simpo.digest(pairs), held=simpo.digest(held))
     log = Log(folder)
     show.opening(tokenizer, pairs[0], model, policy, gap)
@@ -356,7 +354,7 @@ def check_policy(model, policy, pairs, spec=None):
         differ = (means(policy) - acting).abs().max()
         for p, old in zip(trainable(policy), before):
             p.copy_(old)
-        if differ > 0.1 * (base - acting).abs().max() + 0.01:
+        if not differ <= 0.1 * (base - acting).abs().max() + 0.01:                 # nan, too
             raise UserError(f"--policy {spec}: what `run` trains is not what `acting` does, their "
                             f"log-probabilities differ by {differ:.2g}; is `frozen` right?")
     return gap
@@ -390,8 +388,10 @@ def prepare(config):
     model = load_gemma(config.model, dtype=dtype, device=device)
     if config.policy:
         policy = own_policy(config.policy, model, saes, config.policy_args)
-        if hasattr(policy, "fit"):
-            policy.fit(model, encoded[0])
+        with explained(f"--policy {config.policy}", "it cannot be measured or run"):
+            if hasattr(policy, "fit"):
+                policy.fit(model, encoded[0])
+            check_policy(model, policy, encoded[0], config.policy)
     return model, tokenizer, policy, *encoded, judge, own
 
 

@@ -111,7 +111,8 @@ def judge_labels(explanations, judge, raw_path):
         lines = raw.read_text(encoding="utf-8").splitlines(keepends=True)
         write_text(raw, "".join(line for line in lines if line.endswith("\n")))     # a crash may cut one
     kept = [row for _, row in json_lines(raw)] if raw.exists() else []
-    answers = {row["prompt"]: row["answer"] for row in kept if row["judge"] == judge.name}
+    mine = [row for row in kept if row.get("judge") == judge.name and "answer" in row]
+    answers = {row["prompt"]: row["answer"] for row in mine}
     raw.parent.mkdir(parents=True, exist_ok=True)
     for index, text in tqdm(explanations.items(), desc="judge", disable=None):
         said = []

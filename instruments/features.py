@@ -37,12 +37,12 @@ def measure(m, options):
 
     # The labels dealt anew among the features that could have one.
     sums = by_feature.sum(0)
-    judged = np.flatnonzero((m.events("v") > 0) & (group < GROUPS.index("not judged")))
+    steered = m.events("v") > 0
+    judged = np.flatnonzero(steered & (group < GROUPS.index("not judged")))
     rng = np.random.default_rng(0)
     for k, row in zip(there, groups):
-        count = int((group[judged] == k).sum())
-        row["features"] = count
-        if count and "share" in row and row["name"] != "neither":
+        row["features"] = count = int((steered & (group == k)).sum())
+        if count and "share" in row and row["name"] not in ("neither", "not judged"):
             dealt = [rng.choice(judged, count, replace=False) for _ in range(999)]
             shares = [sums[features].sum() / sums.sum() for features in dealt]
             row["dealt"] = spread_of(shares)

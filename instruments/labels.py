@@ -18,7 +18,7 @@ from tqdm import tqdm
 from gemma import load_config, load_gemma
 from instruments.descriptions import endpoint_judge, judge_labels, read_explanations
 from lib.blocks import interval
-from lib.files import UserError, write_text
+from lib.files import UserError, explained, write_text
 from lib.judge import Rules
 from lib.labels import LABELS, default_path, groups, read_labels, shares, write_labels
 from lib.pairs import read_pairs
@@ -48,16 +48,18 @@ def compare_labels(a, b, label):
     cells = np.array([cases.count(case) for case in CASES])
     # Features drawn anew, with replacement: their four counts are a multinomial draw.
     drawn = np.random.default_rng(0).multinomial(n, cells / n, size=2000)
-    low, high = np.quantile(matthews(drawn), (0.025, 0.975))
-    mcc = {"value": float(matthews(cells)), "low": float(low), "high": float(high)}
+    value, low, high = matthews(cells), np.nan, np.nan
+    if np.isfinite(value):
+        low, high = np.nanquantile(matthews(drawn), (0.025, 0.975))
+    mcc = {"value": float(value), "low": float(low), "high": float(high)}
     return {"both": n, "confusion": cells.reshape(2, 2).tolist(), "mcc": mcc}
 
 
 def matthews(cells):
-    """Counts (…,4) of CASES -> Matthews' correlation (…), 0 where it is 0/0"""
+    """Counts (…,4) of CASES -> Matthews' correlation (…), nan where it is 0/0"""
     both, only_b, only_a, none = np.moveaxis(np.asarray(cells, float), -1, 0)
     product = (both + only_b) * (both + only_a) * (none + only_b) * (none + only_a)
-    return (both * none - only_b * only_a) / np.sqrt(np.maximum(product, 1))
+    return (both * none - only_b * only_a) / np.sqrt(np.where(product > 0, product, np.nan))
 
 
 # ---- rules ---------------------------------------------------------------------------------------
@@ -175,7 +177,6 @@ def run(o):
         source = o.labels or beside
         picked = pick(read_labels(source, sae), sae.d_sae, o.operands[0], o.random, o.seed)
         what = f"{'not ' * bool(o.random)}labelled {o.operands[0]} by {source}"
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, "".join(f"{i}\n" for i in picked))
         print(f"{out}: {len(picked)} of {sae.d_sae} features, {what}")
 
@@ -184,6 +185,8 @@ def free(path, force):
     """A path that may be written to."""
     if Path(path).exists() and not force:
         raise UserError(f"{path} exists; --force replaces it, --out names another file")
+    with explained(path, "no file can be made there"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
     return Path(path)
 
 

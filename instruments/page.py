@@ -12,6 +12,8 @@ from lib.blocks import Answers, Card, Table, Text, Tokens, number
 from lib.files import write_text
 
 TEMPLATE = Path(__file__).with_name("page.html")
+
+
 class Html(str):
     """Text that is HTML already; all other text is escaped."""
 
@@ -162,8 +164,8 @@ def render(blocks):
 def write(path, about, verdict, sections):
     """Fills page.html. about: what the run is; verdict: the blocks above all sections; sections: (name,
     title, question, blocks), blocks None: not computed. -> path"""
-    settings = Table(["", ""], list(about["config"].items()))
-    made = ("made", "How this was made", "", [settings])
+    made_of = {"command": about["command"], "held-out pairs": about["held_out"], **about["config"]}
+    made = ("made", "How this was made", "", [Table(["", ""], list(made_of.items()))])
     shown, contents = [], []
     for n, section in enumerate([*sections, made], 1):
         name, title, question, blocks = section

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from analyze import REGIONS, label_shares
-from lib.blocks import Table, percent
+from lib.blocks import Table, Text, percent
 from lib.counts import spread_of
 from lib.labels import LABELS
 
@@ -71,6 +71,8 @@ def change(m, steered, own):
 
 
 def describe(result, about):
+    if not result["rows"]:
+        return [Text("No feature that is steered here has a label.", "missing")]
     rows, plots = [], []
     for x in result["rows"]:
         name = f"{x['region']}, {x['label']}"

@@ -74,7 +74,7 @@ class Card:                    # folds
 
 
 def as_text(blocks, width=100):
-    """For the terminal: running text, alarms, what is missing, brief tables, also those of figures."""
+    """For the terminal: running text, alarms, what is missing, brief tables."""
     out = []
     for block in blocks:
         if isinstance(block, Table) and block.brief:

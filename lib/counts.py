@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as nnf
 from tqdm import tqdm
 
-from lib.stats import FEWEST, bootstrap
+from lib.stats import bootstrap
 
 
 @dataclass
@@ -72,11 +72,7 @@ class Counts:
         """`bootstrap` of columns (P,), clusters drawn whole. nan in the first: not measured there."""
         columns = [np.asarray(x, dtype=np.float64) for x in columns]
         there = ~np.isnan(columns[0])
-        columns, clusters = [x[there] for x in columns], self.clusters[there]
-        if len(set(clusters)) >= FEWEST:
-            return bootstrap(columns, clusters, statistic)
-        value = statistic(*(x.sum() for x in columns)) if there.any() else np.nan
-        return {"value": float(value), "low": np.nan, "high": np.nan, "se": np.nan}
+        return bootstrap([x[there] for x in columns], self.clusters[there], statistic)
 
     def mean(self, values, den=None):
         """Σ values / Σ den over pairs (den None: their mean), with its interval."""

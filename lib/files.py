@@ -77,7 +77,8 @@ def json_lines(path):
     for where, line in text_lines(path):
         with explained(where, "not valid JSON"):
             found = json.loads(line)
-            if "\\u" in line:                     # JSON can write half a character, no text can hold it
+        if "\\u" in line:                         # JSON can write half a character, no text can hold it
+            with explained(where, "half a character"):
                 json.dumps(found, ensure_ascii=False).encode()
         yield where, found
 
@@ -98,6 +99,8 @@ def fetch(source, patterns, *, kind="model"):
     for folder in (path, ROOT / path):          # tiny/... from wherever a script is started
         if folder.is_dir():
             return folder
+    if path.exists():
+        raise UserError(f"{source} is a file; a folder or a Hub repo id is needed here")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
         raise UserError(f"{source}: no such folder, and not a Hub repo id of the form name/repo")
     from huggingface_hub import snapshot_download
@@ -114,13 +117,15 @@ def fetch(source, patterns, *, kind="model"):
 # ---- safetensors ---------------------------------------------------------------------------------
 
 def tensor_files(folder):
-    """{tensor name: file} of a model's folder, whether in one safetensors file or in several."""
-    found = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        with explained(path), safe_open(path, "pt") as file:
-            found |= dict.fromkeys(file.keys(), path)
-    if not found:
-        raise UserError(f"{folder}: there is no model.safetensors")
+    """{tensor name: file} of a model's folder: of model.safetensors, or of the files its index names."""
+    index, found = folder / "model.safetensors.index.json", {}
+    names = ["model.safetensors"]
+    if index.is_file():
+        with explained(index, "there is no weight_map in it"):
+            names = sorted(set(read_json(index)["weight_map"].values()))
+    for name in names:
+        with explained(folder / name), safe_open(folder / name, "pt") as file:
+            found |= dict.fromkeys(file.keys(), folder / name)
     return found
 
 
@@ -171,8 +176,8 @@ def source_of(spec):
 def import_from(spec, flag):
     """The object behind FILE.py:Name, given with the command-line option `flag`."""
     path, name = source_of(spec), str(spec).rpartition(":")[2]
-    if not path.is_file():
-        raise UserError(f"{flag} {spec}: there is no file {path}; write FILE.py:Name")
+    if path.suffix != ".py" or not path.is_file():
+        raise UserError(f"{flag} {spec}: there is no such file; write FILE.py:Name")
     found = importlib.util.spec_from_file_location(f"users_{path.stem}", path)
     with explained(f"{flag} {spec}", "it cannot be imported"):
         module = importlib.util.module_from_spec(found)

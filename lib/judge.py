@@ -10,7 +10,7 @@ data, knows what a token looks like and nothing else. Every judge has
     cluster(pair)           equal for pairs that a bootstrap has to draw together
     outcome(text, ids)      {"parse": 0 or 1, choice: 0 or 1} of an answer, for the choices that come up
     rates(texts, answers)   the means of these
-    mark(text, ids)         words for a reader, such as "true" or "not well-formed"
+    mark(text, ids)         words for a reader, such as "true" or "malformed"
     settles(text, ids)      for each answer token [(category, ids off the mass before, ids off it
                             after)]: its share is log mass(after) - log mass(before); "after" None: the
                             token alone

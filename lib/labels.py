@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from lib.files import ROOT, UserError, json_lines, write_text
+from lib.files import ROOT, UserError, json_lines, text_lines, write_text
 
 LABELS = ("style", "alignment")
 ALLOWED = ([], ["style"], ["alignment"], ["style", "alignment"], ["alignment", "style"], None)
@@ -97,13 +97,13 @@ def default_path(sae):
 
 def masked_features(mask):
     """--mask -> feature numbers: 3,17,900, or those in a file, where # begins a comment."""
-    try:
-        text = mask if set(mask) <= set("0123456789, ") else Path(mask).read_text(encoding="utf-8")
-        words = [line.partition("#")[0].replace(",", " ").split() for line in text.split("\n")]
-        found = sorted({int(word) for line in words for word in line})
-    except (OSError, ValueError):
-        found = []
+    given = [("--mask", mask)] if set(mask) <= set("0123456789, ") else text_lines(mask)
+    found = set()
+    for where, line in given:
+        for word in line.partition("#")[0].replace(",", " ").split():
+            if not word.isdecimal():
+                raise UserError(f"{where}: {word!r} is not the number of a feature")
+            found.add(int(word))
     if mask and not found:
-        raise UserError(f"--mask is {mask!r}; it has to be feature numbers with commas between them, "
-                        "or a file of such")
-    return found
+        raise UserError(f"--mask {mask}: there is no feature number in it")
+    return sorted(found)

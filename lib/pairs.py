@@ -50,6 +50,8 @@ def read_held_out(source, split="test", limit=None):
 
 def read_splits(source, held_split, train_limit=None, held_limit=None):
     """-> {"train": records, held_split: records}"""
+    if held_split == "train":
+        raise UserError("--eval-split train: held-out pairs are those that are not trained on")
     if Path(source).expanduser().is_file():
         print(f"{source} is one file: its last tenth is held out")
     limits = {"train": train_limit, held_split: held_limit}

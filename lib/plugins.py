@@ -1,6 +1,6 @@
 """What comes from outside: a user's adapter, objective or policy, a run's folder, the authors' files.
 
-A user's code is tried on a few random numbers before anything heavy is loaded.
+An adapter or an objective of a user's is tried on a few numbers before anything heavy is loaded.
 """
 import difflib
 import sys
@@ -36,8 +36,10 @@ def adapter_class(spec):
     found = import_from(spec, "--adapter")
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise UserError(f"--adapter {spec}: it has to be a class that is a torch.nn.Module")
-    for name in set(vars(found)) - set(HOOKS):
-        if meant := difflib.get_close_matches(name, HOOKS, 1, .9):
+    code = [method.__code__ for method in vars(found).values() if hasattr(method, "__code__")]
+    called = {name for c in code for name in c.co_names}         # such a helper is no misspelt hook
+    for name in set(vars(found)) - set(HOOKS) - called:
+        if meant := difflib.get_close_matches(name.lower(), HOOKS, 1, .75):
             raise UserError(f"--adapter {spec}: {name} is never called; is it to be {meant[0]}?")
     return found
 
@@ -118,9 +120,11 @@ def feature_numbers(given, d_sae):
 def check_fit(sae, config):
     """Raises UserError unless the SAE can sit on a model of this config."""
     layers, width = config.num_hidden_layers, config.hidden_size
-    if sae.layer is None or sae.layer >= layers:
-        raise UserError(f"SAE {sae.source}: layer {sae.layer}, says its path (layer_N) or config; this "
-                        f"model has layers 0 to {layers - 1}")
+    if sae.layer is None:
+        raise UserError(f"SAE {sae.source}: its layer is neither in its path (layer_N) nor in its config")
+    if sae.layer >= layers:
+        raise UserError(f"SAE {sae.source} belongs to layer {sae.layer}; this model has layers 0 to "
+                        f"{layers - 1}")
     if sae.d_in != width:
         raise UserError(f"SAE {sae.source} reads states of width {sae.d_in}, this model's have {width}")
 

@@ -95,6 +95,7 @@ def about_run(folder, m, objective):
     by = {str(row.get("by")) for row in (m.labels or {}).values()}
     about = {"run": Path(folder).name, "command": f"python analyze.py {folder}", "config": m.config}
     about |= {"objective": objective, "pairs": m.config["pairs"], "model": m.config["model"]}
+    about |= {"held_out": f"{len(m.pairs)}, about {len(set(m.clusters))} questions"}
     about |= {"layer": " and ".join(layers) or "none", "labels": ", ".join(sorted(by))}
     return about | {"weights": m.judge.weights, "groups": m.judge.groups}
 

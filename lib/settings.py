@@ -83,7 +83,7 @@ def parser(cls, prog, description=""):
             group = out.add_argument_group(m["group"])
         how = {"help": m["help"], "default": default}
         if not {"positional", "choices"} & m.keys() and f.type is not bool:
-            how["metavar"] = "X"
+            how["metavar"] = {int: "N", float: "X"}.get(f.type, "TEXT")
         if f.type is bool:
             how["action"] = "store_true"
         elif "many" in m:                            # no default: "extend" would add to it

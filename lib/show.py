@@ -45,18 +45,19 @@ def masked(features, d_sae):
 def opening(tokenizer, pair, model, policy, gap):
     """What nothing does, what is trained, and what is scored of one pair."""
     steerings = getattr(policy, "steerings", [])
-    state = "Steering at strength 0" if steerings else "The untrained policy"
+    state = "Steering at strength 0" if steerings else "The policy before training"
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     every = {id(p): p.numel() for part in (model, policy) for p in part.parameters()}
     layers = "".join(f"; {s.sae.d_sae} features on layer {s.sae.layer}" for s in steerings)
 
-    def pieces(ids, between="|"):
+    def pieces(ids):
         texts = [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
-        return between.join(texts).replace("\n", "⏎")
+        return "|".join(texts).replace("\n", "⏎")
+    prompt = tokenizer.decode(list(pair.prompt), skip_special_tokens=False)
     print(f"{state} against the base model: max difference of log-probabilities {gap}\n"
           f"Trainable {trained:,} of {sum(every.values()):,} parameters{layers}\n"
           "One of the pairs; what is scored stands between ⟦ and ⟧, tokens parted by |:\n"
-          f"  prompt    {pieces(pair.prompt, '')}\n"
+          f"  prompt    {prompt!r}\n"
           f"  chosen    ⟦{pieces(pair.chosen)}⟧\n"
           f"  rejected  ⟦{pieces(pair.rejected)}⟧", flush=True)
 

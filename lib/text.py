@@ -45,7 +45,7 @@ def turns(messages, what="a prompt"):
     messages: a string (one user turn), or a list of {"role", "content"}."""
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    roles = [message["role"] for message in messages]
+    roles = [message.get("role") for message in messages]
     if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
         raise UserError(f"{what} has the roles {roles}; Gemma-2 takes user and assistant in turn, "
                         "user first and last, and no system message")

@@ -414,7 +414,7 @@ def test_nothing_is_half_written(tmp_path):
 
 def test_layer_and_width_have_to_fit():
     model, sae, _, _ = set_up()
-    for layer, message in ((4, "layers 0 to 3"), (None, "layer None")):
+    for layer, message in ((4, "layers 0 to 3"), (None, "its layer is neither")):
         sae.layer = layer
         with pytest.raises(UserError, match=message):
             check_fit(sae, model.config)

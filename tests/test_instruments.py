@@ -19,7 +19,7 @@ from test_page import EVIL, dangerous, walk
 WORDS = SimpleNamespace(decode=lambda ids, **_: "".join(f" w{i}" if i % 7 else "**" for i in ids))
 OPTIONS = SimpleNamespace(answers=12, max_new_tokens=4, answer_batch=8, draw_pairs=8)
 ABOUT = {"run": "one", "objective": "SimPO", "pairs": "p", "model": "m", "layer": 1, "command": "python analyze.py one",
-         "weights": {}, "groups": {}, "config": {}}
+         "held_out": 9, "weights": {}, "groups": {}, "config": {}}
 
 
 class Same(torch.nn.Module):

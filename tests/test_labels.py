@@ -136,10 +136,10 @@ def test_features_of_a_file(tmp_path):
     assert masked_features("17,3, 3") == [3, 17] and masked_features("") == []
     for text in ("1\n2 x", "1.5", "# none\n"):
         path.write_text(text)
-        with pytest.raises(UserError, match="it has to be feature numbers"):
+        with pytest.raises(UserError, match="number"):
             masked_features(str(path))
     for mask in (str(tmp_path / "absent"), str(tmp_path), ",", "x" * 999):
-        with pytest.raises(UserError, match="it has to be feature numbers"):
+        with pytest.raises(UserError, match="number"):
             masked_features(mask)
 
 
@@ -162,7 +162,7 @@ def test_comparison_by_hand():
     assert m == labels.compare_labels(a, b, "style")
     assert labels.compare_labels(b, a, "style")["confusion"] == [[6, 1], [2, 11]]
     m = labels.compare_labels(*two(0, 0, 0, 12), "style")
-    assert m["confusion"] == [[0, 0], [0, 12]] and set(m["mcc"].values()) == {0.0}
+    assert m["confusion"] == [[0, 0], [0, 12]] and all(map(math.isnan, m["mcc"].values()))
     assert labels.compare_labels(*two(6, 0, 0, 6), "style")["mcc"]["value"] == 1.0
     with pytest.raises(UserError, match="only 9 features are judged in both"):
         labels.compare_labels(*two(3, 2, 2, 2), "style")

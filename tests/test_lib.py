@@ -75,7 +75,7 @@ BAD_LINES = [
     ({"prompt": ""}, "line 2: prompt is .None."),
     ({"chosen": [{"content": "x"}, {"role": "assistant", "content": "y"}]}, "line 2: chosen is .*list of messages"),
     ({"chosen": [{"role": "user", "content": "x"}]}, "line 2: chosen is a list that does not end"),
-    ({"chosen": "\ud800"}, "line 2: not valid JSON .*surrogates"),
+    ({"chosen": "\ud800"}, "line 2: half a character .*surrogates"),
     ({"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "y"}],
       "rejected": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "z"}]}, "different prompts"),
 ]
@@ -294,7 +294,7 @@ def test_digests():
     assert short_digest("ab", b"c") == short_digest("abc") != short_digest("abd") and len(short_digest()) == 16
 
 
-BAD_SPECS = {"x.py": "write FILE.py:Name", "none.py:A": "there is no file", "mine.py:B": "has no attribute .B.",
+BAD_SPECS = {"x.py": "write FILE.py:Name", "none.py:A": "there is no such file", "mine.py:B": "has no attribute .B.",
              "fails.py:A": "cannot be imported", "leaves.py:A": "cannot be imported"}
 
 

@@ -16,7 +16,7 @@ EVIL = """</style><script>alert("x")</script><img src=x onerror='y'>"&amp;$name`
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 ABOUT = {"run": "style-1", "objective": "SimPO", "pairs": "tiny/pairs/style", "model": "tiny/model", "layer": 3,
-         "command": "python analyze.py runs/style-1", "machine": "x86", "config": {"seed": 0, "mask": None}}
+         "command": "python analyze.py runs/style-1", "held_out": 12, "config": {"seed": 0, "mask": None}}
 
 
 def value(x, wide=.1):

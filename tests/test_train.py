@@ -173,7 +173,7 @@ MISTAKES = {
     "--sae nowhere": "nowhere: no such folder",
     "--sae tiny/sae tiny/sae": "two SAEs on one layer",
     "--max-length 2": "--max-length is 2",
-    "--mask a": "--mask is 'a'",
+    "--mask a": "a: cannot be read",
     "--mask 99999": "masked feature 99999",
     "--top-k 1.5": "top_k is 1.5",
     "--run a/b": "plain name",
@@ -183,13 +183,13 @@ MISTAKES = {
     "--simpo-weight 0 --nll-weight 0": "nothing is left to learn from",
     "--bandwidth 0": "--bandwidth is 0.0; it has to be above 0",
     "--adapter x.py": "write FILE.py:Name",
-    "--adapter none.py:A": "there is no file",
-    "--adapter a.py:A --activation relu": "--adapter replaces the built-in adapter",
+    "--adapter none.py:A": "there is no such file",
+    "--adapter a.py:A --activation relu": "--adapter replaces --activation",
     "--adapter a.py:A --policy b.py:B": "--policy replaces both",
     "--policy b.py:B --top-k 3": "--policy replaces the steering, to which the setting top_k belongs",
     "--adapter-args rank=3": "--adapter-args and --policy-args belong to",
-    "--objective none.py:dpo": "--objective none.py:dpo: there is no file",
-    "--policy none.py:P": "--policy none.py:P: there is no file",
+    "--objective none.py:dpo": "--objective none.py:dpo: there is no such file",
+    "--policy none.py:P": "--policy none.py:P: there is no such file",
 }
 
 
