@@ -121,7 +121,7 @@ def check_fit(sae, config):
     """Raises UserError unless the SAE can sit on a model of this config."""
     layers, width = config.num_hidden_layers, config.hidden_size
     if sae.layer is None:
-        raise UserError(f"SAE {sae.source}: its layer is neither in its path (layer_N) nor in its config")
+        raise UserError(f"SAE {sae.source}: its layer is neither in its path (layer_N) nor its config")
     if sae.layer >= layers:
         raise UserError(f"SAE {sae.source} belongs to layer {sae.layer}; this model has layers 0 to "
                         f"{layers - 1}")
