@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -32,12 +33,9 @@ VARIANTS = {"TRL SimPO": 0.0, "TRL SimPO, cpo_alpha 5": 5.0}
 
 def trainer_of(alpha, config):
     """TRL's trainer with our recipe: β 10, γ/β 0.5, AdamW, cosine, 32 pairs a step."""
-    try:
-        from datasets import Dataset
-        from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
-        from trl.experimental.cpo import CPOConfig, CPOTrainer
-    except ImportError as error:
-        raise UserError(f"TRL is missing ({error.name}): pip install trl datasets") from None
+    from datasets import Dataset
+    from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
     ends = {"bos_token": "<bos>", "eos_token": "<end_of_turn>", "pad_token": "<pad>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{MODEL}/tokenizer.json", **ends)
     rows, ours = [], load_tokenizer(MODEL)
@@ -102,6 +100,9 @@ class PeersConfig:
 
 
 def run(config):
+    if missing := [name for name in ("trl", "datasets", "transformers") if not find_spec(name)]:
+        raise UserError(f"{missing[0]} is missing: pip install trl datasets, beside "
+                        "requirements-extra.txt")
     ours = {"FSRL": {}, "Full": {"policy": "experiments/baselines.py:Full"}}
     seconds = {name: our_step(settings) for name, settings in ours.items()}
     for name, alpha in VARIANTS.items():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common import ROOT
-from experiments import frontier, sweep
+from experiments import frontier, peers, sweep
 from lib.files import read_json, write_json
 from sae import JumpReLUSAE, save_sae
 from train import TrainConfig
@@ -111,3 +111,8 @@ def test_four_trials_each(monkeypatch):
         assert len({repr(how) for how in trials}) == 4
         for how in trials:
             TrainConfig(**how)
+
+
+def test_what_the_peers_need_is_said_first(monkeypatch, capsys):
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    assert peers.main([]) == 2 and "trl is missing: pip install trl" in capsys.readouterr().err
