@@ -152,6 +152,38 @@ def ranks(sides, batches, layer, second, gain, half):
     return rows
 
 
+# ---- what others would say ---------------------------------------------------------------------------
+
+@torch.no_grad()
+def spinal(side, batches):
+    """SPINAL's two traces (arXiv 2601.06238) at answer tokens. -> contraction (L,), transport (L-1,)
+
+    contraction   minus the slope of log σ_k over log k, in the lower half of the stream's singular
+                  values (where "the tail" begins is not said)
+    transport     2 arccos Σ sqrt(p q) of what adjacent layers predict through the final norm and head
+    """
+    model = side.model
+    count = len(model.layers)
+    seconds, lengths, tokens = [0.0] * count, np.zeros(count - 1), 0
+    for _, batch in batches:
+        record, before = side.record(batch), None
+        tokens += len(batch.read)
+        for layer in range(count):
+            h = record["resid", layer].flatten(0, 1)[batch.read]
+            seconds[layer] = seconds[layer] + h.double().T @ h.double()
+            p = model.logits(model.norm(h)).softmax(-1).sqrt()
+            if layer:
+                overlap = (p * before).sum(-1).clamp(0, 1)
+                lengths[layer - 1] += 2 * torch.arccos(overlap).sum().item()
+            before = p
+    slopes = []
+    for second in seconds:
+        value = torch.linalg.eigvalsh(second).flip(0).clamp_min(1e-30).cpu().numpy() ** .5
+        k = np.arange(len(value) // 2, len(value))
+        slopes.append(-np.polyfit(np.log(k + 1), np.log(value[k]), 1)[0])
+    return [float(x) for x in slopes], (lengths / tokens).tolist()
+
+
 def measure(sides, batches, gain, clusters):
     half = np.isin(clusters, np.unique(clusters)[::2])                 # whole questions
     numbers, differences, means, seconds = collected(sides, batches, half)
@@ -163,6 +195,9 @@ def measure(sides, batches, gain, clusters):
     whole, mean = seconds.sum(0) / len(gain), means.sum(0) / len(gain)
     out["rank"] = [spectrum(second) for second in whole]
     out["rank_centred"] = [spectrum(second - np.outer(m, m)) for m, second in zip(mean, whole)]
+    traces = [spinal(side, batches) for side in sides]
+    for name, (base, tuned) in zip(("contraction", "transport"), zip(*traces)):
+        out[name] = {"base": base, "tuned": tuned}
     out["at"] = at = int(numbers["local"].mean(0).argmax())
     out["causal"] = ranks(sides, batches, at, seconds[0, at], gain, half) if gain.any() else []
     return out
@@ -179,6 +214,10 @@ def describe(x):
     for name in ("participation", "d90"):
         rows.append([f"rank of the stream’s change: {name}",
                      *(number(s[name], ".3g") for s in x["rank"])])
+    for name in ("contraction", "transport"):
+        both = zip(x[name]["base"], x[name]["tuned"])
+        cells = [f"{number(b, '.2f')} → {number(t, '.2f')}" for b, t in both]
+        rows.append([f"SPINAL’s {name}", *cells, *[""] * (len(x["rank"]) - len(cells))])
     head = ["", *(f"layer {i}" for i in range(len(x["rank"])))]
     fits = [f"{kind} {found['r2']:.2f} (shuffled {found['shuffled']['r2']:.2f})"
             for kind, found in x["lasso"].items()]

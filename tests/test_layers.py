@@ -164,6 +164,21 @@ def test_two_directions_changed():
     assert by_k[2]["size"] == pytest.approx(1, abs=1e-3) and by_k[2]["random"] < .7 and by_k[1]["effect"] < .999
 
 
+def test_spinals_traces_by_hand():
+    """Slope of a spectrum that is a power law; the angle between two predictions. A model beside itself: no change."""
+    model = small_gemma()
+    slopes, lengths = shifts.spinal(Side(model), list(batches(PAIRS, 8)))
+    _, batch = next(iter(batches(PAIRS[:1], 1)))
+    states = Side(model).record(batch)
+    one = shifts.spinal(Side(model), [([0], batch)])[1]
+    for layer in range(3):
+        p, q = (model.logits(model.norm(states["resid", i].flatten(0, 1)[batch.read])).softmax(-1)
+                for i in (layer, layer + 1))
+        angle = 2 * torch.arccos((p * q).sqrt().sum(-1).clamp(max=1)).mean()
+        assert one[layer] == pytest.approx(angle.item(), abs=1e-4)
+    assert len(slopes) == 4 and len(lengths) == 3 and all(0 < x < math.pi for x in lengths)
+
+
 # ---- LASSO ---------------------------------------------------------------------------------------------------------
 
 def drawn(n=400, k=6, seed=0):
