@@ -17,7 +17,7 @@ import fsrl
 import simpo
 from gemma import encode_prompt, generate, load_config, load_gemma, load_tokenizer
 from lib import show
-from lib.files import UserError, explained
+from lib.files import ROOT, UserError, explained
 from lib.judge import judge_of
 from lib.labels import masked_features
 from lib.pairs import read_splits
@@ -25,7 +25,6 @@ from lib.plugins import adapter_arguments, own_adapter, own_objective, own_polic
 from lib.runs import Log, check_free, start_folder
 from lib.settings import check, choose_device, command, setting
 
-SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("auto", "float32", "bfloat16", "float64")
 
 
@@ -71,11 +70,12 @@ class TrainConfig:
 
     # How: AdamW, its learning rate up and down again.
     steps: int = setting(800, "optimiser steps", low=1, group="optimisation")  # the paper: 1 epoch
+    epochs: float = setting(None, "passes over the pairs, in place of --steps", above=0)
     batch_size: int = setting(32, "pairs a forward pass", low=1)               # the paper's
     accumulation: int = setting(1, "forward passes a step", low=1)
     lr: float = setting(2e-3, "peak learning rate", above=0)                   # the paper: 5e-6
     warmup: float = setting(0.1, "share of the steps over which lr rises", low=0, high=1)  # the paper's
-    schedule: str = setting("cosine", "what lr does then", choices=SCHEDULES)  # the paper's
+    schedule: str = setting("cosine", "what lr does then", choices=("cosine", "linear", "constant"))
     threshold_lr: float = setting(1.0, "the thresholds' lr is lr times this", above=0)
     weight_decay: float = setting(0.0, "on matrices only", low=0)
     grad_clip: float = setting(1.0, "largest gradient norm (0: any)", low=0)
@@ -164,8 +164,7 @@ def lr_at(step, config):
     up = config.warmup * config.steps
     if step < up:
         return config.lr * (step + 1) / (up + 1)
-    # t goes from 0 to 1 over the rest
-    t = (step - up) / max(1, config.steps - up)
+    t = (step - up) / max(1, config.steps - up)                          # from 0 to 1 over the rest
     down = {"constant": 1.0, "linear": 1 - t, "cosine": 0.5 * (1 + math.cos(math.pi * t))}
     return config.lr * down[config.schedule]
 
@@ -221,10 +220,9 @@ def train(config):
     per_step = config.batch_size * config.accumulation                     # pairs
     order = pair_order(pairs, per_step, config.seed)
     length = sum(len(p.chosen) for p in pairs) / len(pairs)                   # see `objective`
-    # All of the frozen output fits, or keeping some of it hardly ever helps.
-    state = model.config.hidden_size * model.norm.weight.element_size()      # bytes
+    state = model.config.hidden_size * model.norm.weight.element_size()      # bytes of a token's
     size = sum(map(simpo.tokens, pairs)) * state
-    kept = {} if size <= config.keep_prefix * 1e9 else None
+    kept = {} if size <= config.keep_prefix * 1e9 else None     # all or nothing: a part hardly helps
     kept_base = {}
     window, tokens, since = [], 0, time.time()                                # since the last log line
     steps = config.steps if parameters else 0
@@ -380,12 +378,14 @@ def prepare(config):
         pairs, changed = simpo.encode_pairs(tokenizer, some, config.max_length)
         show.cut(config, name, len(pairs), changed)
         encoded.append(pairs)
+    if config.epochs:
+        per_step = config.batch_size * config.accumulation
+        config.steps = math.ceil(config.epochs * len(encoded[0]) / per_step)
     # Read against the model's config alone, the adapter tried on random states: minutes saved.
     saes = fsrl.load_saes(config.sae, load_config(config.model), dtype=dtype, device=device)
     torch.manual_seed(config.seed)
     policy = None if config.policy else make_steerings(config, saes, device, dtype)     # needs no model
-    # The model comes last: it is what takes long.
-    model = load_gemma(config.model, dtype=dtype, device=device)
+    model = load_gemma(config.model, dtype=dtype, device=device)          # last: it is what takes long
     if config.policy:
         policy = own_policy(config.policy, model, saes, config.policy_args)
         with explained(f"--policy {config.policy}", "it cannot be measured or run"):
@@ -413,7 +413,7 @@ def make_steerings(config, saes, device, dtype):
 
 
 def main(argv=None):
-    return command("train.py", TrainConfig, train, argv, show.ABOUT)
+    return command("train.py", TrainConfig, train, argv, show.ABOUT, ROOT / "presets.toml")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ import functools
 import math
 import operator
 import sys
+import tomllib
 from dataclasses import MISSING, field, fields
+from pathlib import Path
 
 import torch
 
@@ -81,14 +83,13 @@ def parser(cls, prog, description=""):
         m, default = f.metadata, f.default
         if "group" in m:
             group = out.add_argument_group(m["group"])
-        how = {"help": m["help"], "default": default}
+        how = {"help": m["help"], "default": None}     # so that what is given can be told
         if not {"positional", "choices"} & m.keys() and f.type is not bool:
             how["metavar"] = {int: "N", float: "X"}.get(f.type, "TEXT")
         if f.type is bool:
             how["action"] = "store_true"
-        elif "many" in m:                            # no default: "extend" would add to it
+        elif "many" in m:
             how |= {"nargs": "*"} if "positional" in m else {"nargs": "+", "action": "extend"}
-            how["default"] = None
         else:
             how |= {"type": f.type, "choices": m.get("choices")}
             if default not in (None, ""):
@@ -99,11 +100,32 @@ def parser(cls, prog, description=""):
     return out
 
 
-def command(prog, cls, run, argv=None, description=""):
-    """The main of a script: run(settings), its mistakes as one sentence on stderr. -> exit code"""
+def preset(name, file, cls):
+    """The settings of a name in a TOML file of tables, or of a user's FILE.toml, a single one."""
+    path = Path(name) if name.endswith(".toml") else file
+    with explained(path):
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    if path is file:
+        one_of("--preset", name, found)
+        found = found[name]
+    if unknown := set(found) - {f.name for f in fields(cls)}:
+        raise UserError(f"{path}: {min(unknown)!r} is no setting; --help lists them, with _ for -")
+    return found
+
+
+def command(prog, cls, run, argv=None, description="", presets=None):
+    """The main of a script: run(settings), its mistakes as one sentence on stderr. -> exit code
+    presets: a TOML file of named settings; --preset NAME takes one, and flags win over it"""
     try:
-        given = vars(parser(cls, prog, description).parse_args(argv))
-        result = run(cls(**{name: value for name, value in given.items() if value is not None}))
+        options = parser(cls, prog, description)
+        if presets:
+            words = f"settings by name, of {presets.name}, or FILE.toml; flags win over them"
+            options.add_argument("--preset", help=words, metavar="NAME")
+        given = {name: value for name, value in vars(options.parse_args(argv)).items()
+                 if value is not None}
+        if name := given.pop("preset", None):
+            given = preset(name, presets, cls) | given
+        result = run(cls(**given))
         return result if isinstance(result, int) else 0
     except SystemExit as stop:                       # argparse has said what there is to say
         return stop.code

@@ -656,3 +656,41 @@ def test_config_takes_a_whole_number_for_a_float_and_nothing_else():
             TrainConfig(**bad)
     assert TrainConfig().sae == TrainConfig(sae=["tiny/sae"]).sae == TrainConfig(sae="tiny/sae").sae == "tiny/sae"
     assert TrainConfig(sae=["a", "b"]).sae == ["a", "b"]
+
+
+# ---- presets -------------------------------------------------------------------------------------------------------
+
+def settings_of(monkeypatch, *argv):
+    found = []
+    monkeypatch.setattr(train, "train", found.append)
+    assert train.main(list(argv)) == 0
+    return found[0]
+
+
+def test_presets_are_settings_and_flags_win(monkeypatch):
+    for name in ("gemma-2-2b", "gemma-2-9b"):
+        config = settings_of(monkeypatch, "--preset", name)
+        assert name in config.model and config.sae.startswith("google/gemma-scope-") and config.nll_weight == 0
+        assert config.batch_size * config.accumulation == 32 and config.steps == math.ceil(59_876 / 32) - 1
+        size, width = re.search(r"scope-(\w+)-pt.*width_(\w+)k", config.sae).groups()
+        assert (size, width) in {("2b", "65"), ("9b", "16")}
+    config = settings_of(monkeypatch, "--preset", "gemma-2-2b", "--lr", "1e-4", "--sae", "a", "b", "--steps", "7")
+    assert (config.lr, config.sae, config.steps, config.l1) == (1e-4, ["a", "b"], 7, 0.1)
+    assert settings_of(monkeypatch) == TrainConfig()
+
+
+def test_a_preset_of_ones_own(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.toml").write_text("lr = 0.01\npairs = 'tiny/pairs/honest'\n")
+    config = settings_of(monkeypatch, "--preset", str(tmp_path / "mine.toml"))
+    assert (config.lr, config.pairs, config.l1) == (0.01, "tiny/pairs/honest", 0.03)
+    bad = {"rate = 1": "'rate' is no setting", "lr = ": "cannot be read", "lr = 'a'": "--lr is 'a'"}
+    for text, message in bad.items():
+        (tmp_path / "mine.toml").write_text(text + "\n")
+        assert train.main(["--preset", str(tmp_path / "mine.toml")]) == 2 and message in capsys.readouterr().err
+    assert train.main(["--preset", "gemma-7"]) == 2 and "one of gemma-2-2b, gemma-2-9b" in capsys.readouterr().err
+
+
+def test_epochs(tmp_path):
+    assert run(tmp_path, "--run", "a", "--epochs", "0.5") == 0                    # 60 pairs, 8 a step
+    config = read_json(tmp_path / "a" / "config.json")
+    assert config["steps"] == 4 and rows_of(tmp_path / "a")[-1]["step"] == 4
