@@ -13,8 +13,8 @@ import test_style
 import train
 from common import ROOT
 from experiments import bench, figures, results
+from lib import settings
 from lib.plugins import CONFIG
-from lib.settings import parser
 from simpo import Answer
 from tiny import world
 
@@ -81,10 +81,8 @@ def test_commands_are_understood(command, monkeypatch):
     """Their options exist and fit: the settings are made, and nothing is run."""
     made = []
 
-    def parse(prog, cls, run, argv=None, description=""):
-        given = vars(parser(cls, prog).parse_args(argv))
-        made.append(cls(**{k: v for k, v in given.items() if v is not None}))
-        return 0
+    def parse(prog, cls, run, *rest):
+        return settings.command(prog, cls, made.append, *rest)
     words = shlex.split(command)
     if "--help" in words:
         return
