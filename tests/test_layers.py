@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from common import ROOT, lively_adapter, mutant, small_gemma, small_sae, some_pairs
+from experiments import planted
 from experiments.baselines import Full, LoRA
 from fsrl import Steering
 from instruments import layers, shifts
@@ -72,6 +73,13 @@ def test_one_block_changed(k):
     for way in layers.WAYS:
         assert np.abs(changes[way, "block", k] - gain).max() < 1e-5
         assert all(np.abs(changes[way, "block", i]).max() < 1e-5 for i in range(4) if i != k)
+
+
+def test_what_has_to_name_the_block_does():
+    model = small_gemma()
+    found = layers.measure(sides_of(model, lora(model, 2)), PAIRS, CLUSTERS, layers.ALL, False)
+    named = planted.named(found)
+    assert [named[instrument] for instrument in planted.ALGEBRA] == [2, 2] and len(named) == 22
 
 
 def test_all_updates_and_the_last_stream_are_the_tuned_model():

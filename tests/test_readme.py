@@ -23,7 +23,7 @@ PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
 README = PAGES["README.md"]
 SMALL = ["--steps", "2", "--eval-pairs", "4", "--train-pairs", "16", "--batch-size", "4"]
 KNOWN = (r"(train|fsrl|analyze|sae)\.py|-m (pytest|venv|instruments\.(labels|layers|data)|tiny\.(make|calibrate)"
-         r"|experiments\.(results|figures|bench|sweep|frontier|peers))")
+         r"|experiments\.(results|figures|bench|sweep|frontier|peers|planted))")
 
 
 # ---- what stands in the pages ----------------------------------------------------------------------------------------
