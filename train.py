@@ -10,13 +10,13 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import fsrl
 import simpo
 from gemma import encode_prompt, generate, load_config, load_gemma, load_tokenizer
 from lib import show
+from lib.checkpoint import STOP, Checkpoint, kept_rows, resumed
 from lib.files import ROOT, UserError, explained
 from lib.judge import judge_of
 from lib.labels import masked_features
@@ -86,6 +86,7 @@ class TrainConfig:
     run: str = setting(None, "the folder's name (default: the next free PAIRS-1, PAIRS-2, ...)",
                        group="run")
     runs: str = setting("runs", "where runs are kept")
+    resume: str = setting("", "a run's folder: go on where it stopped")
     log_every: int = setting(50, "steps between two lines", low=1)
     save_every: int = setting(100, "steps between two savings", low=1)
     device: str = setting("auto", "cpu, cuda, mps, or auto: the best there is")
@@ -169,19 +170,6 @@ def lr_at(step, config):
     return config.lr * down[config.schedule]
 
 
-def kept_rows(cache, batch, index, compute):
-    """compute() -> (B,...), a row for each pair, from `cache` ({index of a pair: its row without
-    padding}; None: nothing is kept) once all of them are there."""
-    if cache is None:
-        return compute()
-    if not all(i in cache for i in index):
-        rows = compute()
-        lengths = (batch.branch >= 0).sum(-1).tolist()
-        cache |= {i: row[:n].clone() for i, row, n in zip(index, rows, lengths)}
-        return rows
-    return pad_sequence([cache[i] for i in index], batch_first=True)
-
-
 def trainable(policy):
     return [p for p in policy.parameters() if p.requires_grad]
 
@@ -204,56 +192,63 @@ def train(config):
     """Trains, prints, saves. -> {"base": m, "trained": m, "run": folder}; m: see `measure`"""
     started = time.time()                                                     # loading counts, too
     # open, prove that nothing happens when nothing should, measure the base model
+    config = resumed(config) if config.resume else config
     show.announce(config)
     model, tokenizer, policy, pairs, held, judge, own = prepare(config)
     gap = check_policy(model, policy, pairs)
     folder = start_folder(config, model, policy, train=simpo.digest(pairs), held=simpo.digest(held))
-    log = Log(folder)
     show.opening(tokenizer, pairs[0], model, policy, gap)
     base, base_answers = measure(model, tokenizer, held, None, judge, config, own)     # the control
-    log(step=0, evaluation="base", **base)
 
     # what the loop needs
     policy.train()
     parameters = trainable(policy)                         # none: the policy is measured, not trained
     optimizer = make_optimizer(policy, config) if parameters else None
-    per_step = config.batch_size * config.accumulation                     # pairs
-    order = pair_order(pairs, per_step, config.seed)
+    checkpoint = Checkpoint(folder, parameters, optimizer)
+    start, window, tokens = checkpoint.restore()                  # 0, [], 0 of a run that is new
+    log = Log(folder, start, step=0, evaluation="base", **base)
+    order = pair_order(pairs, config.batch_size * config.accumulation, config.seed)
     length = sum(len(p.chosen) for p in pairs) / len(pairs)                   # see `objective`
-    state = model.config.hidden_size * model.norm.weight.element_size()      # bytes of a token's
-    size = sum(map(simpo.tokens, pairs)) * state
-    kept = {} if size <= config.keep_prefix * 1e9 else None     # all or nothing: a part hardly helps
-    kept_base = {}
-    window, tokens, since = [], 0, time.time()                                # since the last log line
-    steps = config.steps if parameters else 0
-    bar = tqdm(range(steps), desc="train", unit="step", dynamic_ncols=True)
+    size = sum(map(simpo.tokens, pairs)) * model.config.hidden_size * model.norm.weight.element_size()
+    kept, kept_base = {} if size <= config.keep_prefix * 1e9 else None, {}    # all of it, or none
+
+    def never_changes(part):
+        """A batch of these pairs, the frozen blocks' output (None: there are none), the base's means."""
+        batch = simpo.collate([pairs[j] for j in part], model.config.pad_token_id).to(model.device)
+        h, means = None, None
+        if policy.frozen is not None:
+            h = kept_rows(kept, batch, part, lambda: simpo.prefix(model, batch, policy.frozen))
+        if own:                                                 # it may ask what the base model says
+            means = kept_rows(kept_base, batch, part, lambda: simpo.base_means(model, batch).T)
+        return batch, h, means
+
+    def parts_of(index):
+        return [index[i:i + config.batch_size] for i in range(0, len(index), config.batch_size)]
+    for _ in range(start):                                      # the order goes on, what is kept too
+        for part in parts_of(next(order)) if kept is not None else ():
+            never_changes(part)
+    since = time.time()                                                       # the last log line
+    bar = tqdm(range(start, config.steps * bool(parameters)), desc="train", unit="step")
     bar.write(show.HEAD)
     for step in bar:
         # learning rate, and weight of the penalty
-        for group in optimizer.param_groups:
+        for group in optimizer.param_groups:                                # thresholds have their own
             group["lr"] = lr_at(step, config) * group["scale"]
-        rising = max(1.0, config.l1_warmup * config.steps)
+        rising = max(1.0, config.l1_warmup * config.steps)                  # steps
         l1 = config.l1 * min(1.0, (step + 1) / rising)
         last = step + 1 == config.steps
         # gradients: a mean over all pairs of the step, however it is cut into forward passes
         index = next(order)                                     # of the pairs of this step
-        optimizer.zero_grad(set_to_none=True)
-        for i in range(0, len(index), config.batch_size):
-            part = index[i:i + config.batch_size]
-            batch = simpo.collate([pairs[j] for j in part], model.config.pad_token_id)
-            batch = batch.to(model.device)
-            h = None                                    # (B,T,D), no gradient; None: nothing is frozen
-            if policy.frozen is not None:
-                h = kept_rows(kept, batch, part, lambda: simpo.prefix(model, batch, policy.frozen))
+        optimizer.zero_grad(set_to_none=True)                   # None: what gets no gradient stays
+        for part in parts_of(index):
+            batch, h, means = never_changes(part)               # h (B,T,D), no gradient
             scored = simpo.score(model, batch, policy, h)
-            if own:                                     # it may ask what the base model says
-                means = kept_rows(kept_base, batch, part, lambda: simpo.base_means(model, batch).T)
-                scored = simpo.with_base(scored, means.T)
+            scored = simpo.with_base(scored, means.T) if own else scored
             preference, side, shown = objective(scored, config, l1, length, own)
-            if step == min(50, config.steps) - 1 and i == 0:     # once: two gradients more
+            if step == min(50, config.steps) - 1 and part[0] == index[0]:        # two gradients more
                 for text in show.early_warnings(preference, side, shown, parameters):
                     bar.write(text)
-            ((preference + side).sum() / len(index)).backward()
+            ((preference + side).sum() / len(index)).backward()             # adds to the others'
             window.append(shown)
             tokens += int((batch.branch >= 0).sum())                     # without padding
         # guard: before the step the policy is still the last good one
@@ -269,15 +264,19 @@ def train(config):
         if (step + 1) % config.log_every == 0 or last:
             every = {name: torch.cat([shown[name] for shown in window]) for name in window[0]}
             row = {name: x.mean().item() for name, x in every.items()}        # over pairs
-            row["lr"] = optimizer.param_groups[0]["lr"]                   # thresholds may differ
+            row["lr"] = optimizer.param_groups[0]["lr"]
             row["tokens_per_s"] = tokens / (time.time() - since)              # logging included
             bar.write(show.line(step + 1, row))
             log(step=step + 1, **row)
             window, tokens, since = [], 0, time.time()
         # save
-        if (step + 1) % config.save_every == 0:
+        if (step + 1) % config.save_every == 0 or last or STOP.asked:       # by Ctrl-C
             policy.save(folder, base_model=config.model, step=step + 1, **adapter_arguments(config))
-    policy.save(folder, base_model=config.model, step=steps, **adapter_arguments(config))
+            checkpoint.save(step + 1, window, tokens)
+        if STOP.asked and not last:
+            raise KeyboardInterrupt(show.stopped(folder, step + 1))
+    if not parameters:                                                      # nothing has been saved
+        policy.save(folder, base_model=config.model, step=0)
 
     # the closing table, examples, what to type next
     policy.eval()
@@ -367,7 +366,7 @@ def prepare(config):
         torch.set_num_threads(config.threads)
     device, dtype = choose_device(config.device, config.dtype)
     # settings, files of the user's, data: cheap
-    check_free(config.runs, config.run)                        # hours later would be too late
+    check_free(config)                                         # hours later would be too late
     own = own_objective(config.objective) if config.objective else None
     tokenizer = load_tokenizer(config.model)
     judge = judge_of(config.pairs, tokenizer)                  # what is known about answers to these
@@ -413,7 +412,8 @@ def make_steerings(config, saes, device, dtype):
 
 
 def main(argv=None):
-    return command("train.py", TrainConfig, train, argv, show.ABOUT, ROOT / "presets.toml")
+    with STOP:
+        return command("train.py", TrainConfig, train, argv, show.ABOUT, ROOT / "presets.toml")
 
 
 if __name__ == "__main__":

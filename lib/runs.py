@@ -9,37 +9,35 @@ from pathlib import Path
 
 import torch
 
-from lib.files import UserError, explained, source_of, write_json
-from lib.plugins import SOURCE
+from lib.files import UserError, explained, source_of, write_json, write_text
+from lib.plugins import SOURCE, run_config
 
 
-def check_free(runs, name):
-    """name: of a run that is to be, None: the next free one"""
+def check_free(config):
+    """Raises UserError unless the run's name (None: the next free one) can be a new folder's."""
+    runs, name = config.runs, None if config.resume else config.run
     if name is not None and (Path(name).name != name or name in ("", ".", "..")):
         raise UserError(f"--run is {name!r}; it has to be the plain name of a folder")
     if name and (Path(runs) / name).exists():
         raise UserError(f"--run {name}: {Path(runs) / name} exists; name another run or remove it")
 
 
-def new_folder(runs, name, stem):
-    """Makes runs/NAME, or (name None) the next free runs/STEM-N. Only a named run that exists is an
-    error."""
-    root = Path(runs)
+def new_folder(config):
+    """Makes runs/NAME, or without a name the next free runs/PAIRS-N."""
+    name, stem, root = config.run, Path(config.pairs).stem, Path(config.runs)
     for folder in [root / name] if name else (root / f"{stem}-{n}" for n in range(1, 10**6)):
-        with explained(f"--runs {runs}", "no folder can be made there"):
+        with explained(f"--runs {root}", "no folder can be made there"):
             try:
                 folder.mkdir(parents=True)
                 return folder
             except FileExistsError:
                 continue
-    check_free(runs, name)
+    check_free(config)
 
 
 def start_folder(config, model, policy, **digests):
-    """Makes the run's folder with config.json: every setting, and what exactly was trained on what."""
-    folder = new_folder(config.runs, config.run, Path(config.pairs).stem)
-    for spec in filter(None, (config.adapter, config.policy)):
-        shutil.copyfile(source_of(spec), folder / SOURCE)            # to be read, never to be run
+    """Makes the run's folder with config.json: every setting, and what exactly was trained on what. One
+    that is resumed has to be trained on the same."""
     saes = [s.sae for s in getattr(policy, "steerings", [])]
     identity, width = [sae.identity() for sae in saes], [sae.d_sae for sae in saes]
     if len(saes) == 1:
@@ -50,15 +48,35 @@ def start_folder(config, model, policy, **digests):
     where = {"device": model.device.type, "dtype": dtype, "date": time.strftime("%Y-%m-%d"),
              "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
              "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+    if config.resume:
+        folder = Path(config.resume)
+        then = run_config(folder)
+        if other := [name for name, value in trained.items() if then.get(name) != value]:
+            raise UserError(f"--resume {folder}: {other[0]} is {trained[other[0]]} now, and was "
+                            f"{then.get(other[0])}")
+        write_json(folder / "config.json", then | {"steps": config.steps})
+        return folder
+    folder = new_folder(config)
+    for spec in filter(None, (config.adapter, config.policy)):
+        shutil.copyfile(source_of(spec), folder / SOURCE)            # to be read, never to be run
     write_json(folder / "config.json", asdict(config) | trained | where)
     return folder
 
 
 class Log:
-    """metrics.jsonl: one row a log step, one an evaluation."""
+    """metrics.jsonl: one row a log step, one an evaluation. A run that goes on after `start` steps loses
+    the rows of later ones, which come again. first: the row that a new one begins with."""
 
-    def __init__(self, folder):
-        self.path = Path(folder) / "metrics.jsonl"
+    def __init__(self, folder, start=0, **first):
+        self.path, rows = Path(folder) / "metrics.jsonl", []
+        if self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            rows = [line for line in lines if line.endswith("\n")]                # a kill may cut one
+            rows = [line for line in rows if json.loads(line)["step"] <= start]
+            rows = [line for line in rows if json.loads(line).get("evaluation") != "trained"]
+        write_text(self.path, "".join(rows))
+        if first and not rows:
+            self(**first)
 
     def __call__(self, **row):
         with open(self.path, "a", encoding="utf-8") as file:

@@ -69,6 +69,10 @@ def line(step, row):
     return LINE.format(step, **({"l0": 0.0, "l1": 0.0} | row))
 
 
+def stopped(folder, step):
+    return f"stopped after step {step}; `python train.py --resume {shlex.quote(str(folder))}` goes on"
+
+
 def not_a_number(config, folder, step):
     saved = step // config.save_every * config.save_every
     there = f"{folder} keeps the policy of step {saved}" if saved else f"{folder} holds no policy yet"

@@ -3,6 +3,7 @@ import gzip
 import json
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -311,13 +312,15 @@ def test_a_users_own_code(tmp_path, monkeypatch, spec):
 
 
 def test_folders_of_runs(tmp_path):
-    assert [new_folder(tmp_path / "runs", None, "style").name for _ in range(3)] == ["style-1", "style-2", "style-3"]
-    assert new_folder(tmp_path / "runs", "mine", "style").name == "mine"
+    def new(runs, run=None):
+        return new_folder(SimpleNamespace(runs=tmp_path / runs, run=run, pairs="tiny/pairs/style", resume="")).name
+    assert [new("runs") for _ in range(3)] == ["style-1", "style-2", "style-3"]
+    assert new("runs", "mine") == "mine"
     with pytest.raises(UserError, match="--run mine: .* exists; name another run or remove it"):
-        new_folder(tmp_path / "runs", "mine", "style")
+        new("runs", "mine")
     write(tmp_path / "file", "")
     with pytest.raises(UserError, match="no folder can be made there"):
-        new_folder(tmp_path / "file", None, "style")
+        new("file")
 
 
 def test_a_log_is_json(tmp_path):

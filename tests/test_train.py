@@ -87,7 +87,7 @@ def test_what_it_leaves_behind(finished):
     facts = read_json(folder / CONFIG)
     assert facts["layer"] == 3 and facts["positions"] == "text" and facts["step"] == 4
     assert facts["activation_type"] == "soft_threshold" and "adapter_args" not in facts
-    assert {p.name for p in folder.iterdir()} == {"config.json", "metrics.jsonl", CONFIG, WEIGHTS}
+    assert {p.name for p in folder.iterdir()} == {"config.json", "metrics.jsonl", "checkpoint", CONFIG, WEIGHTS}
 
 
 def evaluated(folder, count=8, **how):
