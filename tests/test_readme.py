@@ -48,7 +48,8 @@ def examples():
 
 COMMANDS = commands()
 # Of what is not here: a model of the Hub, pairs that another command makes.
-TRAININGS = sorted(c for c in COMMANDS if c.startswith("python train.py") and not re.search("--preset|--resume|mixed", c))
+TRAININGS = sorted(c for c in COMMANDS
+                   if c.startswith("python train.py") and not re.search("--preset|--resume|mixed", c))
 
 
 @pytest.fixture
