@@ -26,7 +26,8 @@ from sae import load_sae
 from train import TrainConfig
 
 SAES = ROOT / "runs" / "saes"
-WHEREVER = ("run", "runs", "device", "dtype", "threads", "log_every", "save_every", "keep_prefix")
+WHEREVER = ("run", "runs", "resume", "device", "dtype", "threads", "log_every", "save_every",
+            "keep_prefix")
 JUMPRELU = {"activation": "jumprelu", "init": 1e-4, "threshold_lr": 30.0}
 COLUMNS = {"loss": ".3f", "accuracy": ".3f", "margin": ".3f", "l0": ".1f", "parse_sampled": ".3f"}
 
