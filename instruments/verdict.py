@@ -24,7 +24,7 @@ def objective(config, steerings=()):
     if nll:
         parts.append(f"{nll:g} × NLL of the chosen answers" + ("" if weight else " (imitation alone)"))
     if config.get("policy"):
-        return f"{named(config['policy'])}, {' + '.join(parts)} and its own penalty, if it has one"
+        return f"{' + '.join(parts)} (policy {named(config['policy'])})"      # and a penalty of its own
     if config.get("l1"):
         own = [type(s.adapter).__name__ for s in steerings if hasattr(s.adapter, "penalty")]
         penalty = f"the penalty of {' and '.join(own)}" if own else "ℓ1 of the steering"

@@ -233,3 +233,8 @@ def test_hostile_text_stays_text(tmp_path, lab, measured):
         told.append((name, module.TITLE, module.QUESTION, module.describe(result, about)))
     page.write(tmp_path / "report.html", about, [], told)
     assert not dangerous((tmp_path / "report.html").read_text(encoding="utf-8"))
+
+
+def test_a_policy_of_ones_own_is_named_and_no_penalty_is_claimed():
+    said = verdict.objective({"policy": "mine/b.py:LoRA", "l1": .03, "nll_weight": 5.0, "beta": 10, "gamma_ratio": .5})
+    assert said == "SimPO (β 10, γ/β 0.5) + 5 × NLL of the chosen answers (policy LoRA (b.py))"
