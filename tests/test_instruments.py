@@ -11,7 +11,7 @@ import analyze
 import fsrl
 import simpo
 from common import lively_adapter, mutant, small_gemma, small_sae, some_pairs
-from instruments import behaviour, cards, geometry, health, page, strength
+from instruments import behaviour, cards, geometry, health, page, strength, verdict
 from lib.blocks import as_text
 from lib.judge import Rules
 from test_page import EVIL, dangerous, walk
