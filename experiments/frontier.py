@@ -242,9 +242,9 @@ def draw(data, path):
                 for strength in STRENGTHS:
                     points.append((mean(at(data, name, strength, x)),
                                    mean(at(data, name, strength, y)) - less))
-                style = {"color": f"C{k}", "lw": 1.2, "marker": ".", "ms": 4}
+                style = {"color": f"C{k % 10}", "ls": "-" if k < 10 else "--", "marker": ".", "ms": 4}
                 axis.plot(*zip(*points), label=name, **style)
-                axis.plot(*points[1 + STRENGTHS.index(1.0)], "o", color=f"C{k}", ms=7)
+                axis.plot(*points[1 + STRENGTHS.index(1.0)], "o", color=f"C{k % 10}", ms=7)
             axis.plot(base[x], base[y] - less, "k*", ms=12)
             axis.set(xlabel=words, ylabel=title if axis is row[0] else "")
             if x == "kl":

@@ -4,7 +4,6 @@ RUN/checkpoint/ holds the two newest, each a step-N.safetensors (what is trained
 the random numbers' state, the numbers since the last line of the log) and a step-N.json with its digest.
 The order of the pairs and the learning rate follow from the step. A lock there dies with its process.
 """
-import fcntl
 import hashlib
 import os
 import signal
@@ -19,6 +18,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lib.files import UserError, atomically, explained, json_lines, read_json, write_json
 from lib.plugins import run_config
+
+try:
+    import fcntl
+except ImportError:                                           # Windows: no lock there
+    fcntl = None
 
 MAY_CHANGE = ("steps", "log_every", "save_every", "threads", "keep_prefix", "resume")
 
@@ -95,7 +99,8 @@ class Checkpoint:
             self.folder.mkdir(exist_ok=True)
             self.lock = open(self.folder / "lock", "w")
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{run}: another process is training there") from None
         for leftover in self.folder.glob("*.tmp"):                    # of a process that was killed
