@@ -23,8 +23,9 @@ def objective(config, steerings=()):
         parts.append(words + (f" at weight {weight:g}" if weight != 1 else ""))
     if nll:
         parts.append(f"{nll:g} × NLL of the chosen answers" + ("" if weight else " (imitation alone)"))
-    if config.get("policy"):
-        return f"{' + '.join(parts)} (policy {named(config['policy'])})"      # and a penalty of its own
+    if config.get("policy"):                          # whether it asks for a penalty is its own affair
+        penalty = f"{config.get('l1', 0):g} × the penalty of {named(config['policy'])}"
+        return f"{' + '.join([*parts, penalty])}, if it has one,"
     if config.get("l1"):
         own = [type(s.adapter).__name__ for s in steerings if hasattr(s.adapter, "penalty")]
         penalty = f"the penalty of {' and '.join(own)}" if own else "ℓ1 of the steering"

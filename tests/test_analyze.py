@@ -444,7 +444,7 @@ WORDED = [
     ({"simpo_weight": 0, "nll_weight": 1.0}, "1 × NLL of the chosen answers (imitation alone)"),
     ({"objective": "folder/mine.py:dpo", "l1": .1, "own": True},
      "the objective dpo (mine.py) + 0.1 × the penalty of Priced"),
-    ({"policy": "a.py:Bias", "l1": .1}, "SimPO (β 10, γ/β 0.5) + 0.1 × the penalty of Bias (a.py)"),
+    ({"policy": "a.py:Bias", "l1": .1}, "SimPO (β 10, γ/β 0.5) + 0.1 × the penalty of Bias (a.py), if it has one,"),
     ({"mask": "3,17", "simpo_weight": 2}, "SimPO (β 10, γ/β 0.5) at weight 2, with some features masked,"),
 ]
 

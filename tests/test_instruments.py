@@ -235,6 +235,6 @@ def test_hostile_text_stays_text(tmp_path, lab, measured):
     assert not dangerous((tmp_path / "report.html").read_text(encoding="utf-8"))
 
 
-def test_a_policy_of_ones_own_is_named_and_no_penalty_is_claimed():
+def test_a_policy_of_ones_own_is_named():
     said = verdict.objective({"policy": "mine/b.py:LoRA", "l1": .03, "nll_weight": 5.0, "beta": 10, "gamma_ratio": .5})
-    assert said == "SimPO (β 10, γ/β 0.5) + 5 × NLL of the chosen answers (policy LoRA (b.py))"
+    assert said.endswith("+ 5 × NLL of the chosen answers + 0.03 × the penalty of LoRA (b.py), if it has one,")

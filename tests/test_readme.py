@@ -283,7 +283,7 @@ def test_numbers_in_the_text(page, says, block, row, column, cell):
 
 
 PRINTED = [        # page, what it says, what analyze.py printed
-    ("README.md", "84% [75, 101]", r"style: lost when masked +135 +73% +\S+ \[\S+ \S+ +84% \[75, 101\]"),
+    ("README.md", "84% [75, 101]", r"style: lost when masked +135 +73% +84% \[75, 101\]"),
     ("README.md", "costs 81% [71, 91]", r"as much used, at random +625 +75% +81% \[71, 91\]"),
     ("docs/analysis.md", "22% against 84%", r"as many at random +135 +17% +22% \["),
     ("docs/analysis.md", "has 73% [69, 78]", r"style +\+0.1453 \[\S+ \S+ +73% \[69, 78\]"),

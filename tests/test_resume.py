@@ -140,8 +140,8 @@ def test_what_may_change_and_what_may_not(tmp_path, capsys):
 
 # ---- killed --------------------------------------------------------------------------------------------------------
 
-def child(arguments):
-    torch.set_num_threads(1)
+def child(arguments, threads):
+    torch.set_num_threads(threads)                               # the bits depend on them
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
@@ -156,7 +156,7 @@ def survives(tmp_path, delays):
     for delay in (*delays, None):
         begun = (folder / "config.json").is_file()
         arguments = ["--resume", str(folder)] if begun else [*SHORT, "--runs", str(tmp_path), "--run", "cut"]
-        process = context.Process(target=child, args=(arguments,))
+        process = context.Process(target=child, args=(arguments, torch.get_num_threads()))
         process.start()
         if delay is None:
             process.join(120)
