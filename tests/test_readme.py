@@ -12,7 +12,7 @@ import fsrl
 import test_style
 import train
 from common import ROOT
-from experiments import bench, figures, results
+from experiments import bench, figures, frontier, results
 from lib import settings
 from lib.plugins import CONFIG
 from simpo import Answer
@@ -233,7 +233,7 @@ def test_every_key_of_a_run_is_explained(lab):
 
 def test_the_tables_are_what_was_measured():
     """Every block between marks comes from docs/style.json, results.json, bench.json or tiny/calibration.json."""
-    made = results.blocks() | figures.blocks() | bench.blocks()
+    made = results.blocks() | figures.blocks() | bench.blocks() | frontier.blocks()
     used = {name for text in PAGES.values() for name in re.findall(r"<!-- (\w+) -->", text)}
     assert used == set(made)
     for page, text in PAGES.items():
@@ -266,6 +266,12 @@ NUMBERS = [        # page, what it says, then where that stands: block, row, col
     ("README.md", "correlation −0.08", "calibration", "style", "correlation", "−0.08"),
     ("README.md", "2.29 against 3.26", "frontier", "nll_weight 0, lr 0.01, l1 0.001", "SimPO loss", "2.29"),
     ("README.md", "one in eight", "frontier", "nll_weight 0, lr 0.01, l1 0.001", "well-formed", "0.12"),
+    ("README.md", "loss 2.91 and 2.76 against 3.03", "policies", "LoRA", "SimPO loss", "2.91"),
+    ("README.md", "loss 2.91 and 2.76 against 3.03", "policies", "Full", "SimPO loss", "2.76"),
+    ("README.md", "loss 2.91 and 2.76 against 3.03", "policies", "FSRL", "SimPO loss", "3.03"),
+    ("README.md", "text 0.000 and 0.003 against 0.065", "policies", "LoRA", "KL on neutral text", "0.000"),
+    ("README.md", "text 0.000 and 0.003 against 0.065", "policies", "Full", "KL on neutral text", "0.003"),
+    ("README.md", "text 0.000 and 0.003 against 0.065", "policies", "FSRL", "KL on neutral text", "0.065"),
     ("docs/lab.md", "0.533 against 0.553", "controls", "`style`, γ/β 1", "truth", "0.533"),
     ("docs/lab.md", "0.533 against 0.553", "controls", "`style`", "truth", "0.553"),
     ("docs/lab.md", "rises by 6 points", "choices", "restate", "style: answers", "+6."),
