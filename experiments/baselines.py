@@ -22,6 +22,7 @@ from torch.nn import functional as nnf
 
 import simpo
 from fsrl import Steering
+from lib.counts import answer_means
 from lib.files import UserError, atomically, explained
 
 FILE = "policy.safetensors"
@@ -100,15 +101,6 @@ class MeanDifference(Constant):
             chosen, rejected = answer_means(batch, h)
             total, count = total + (chosen - rejected).sum(0), count + len(h)
         self.vector.copy_(total / count)
-
-
-def answer_means(batch, x):
-    """Means of x (B,T,K) over the tokens of the chosen and of the rejected answers. -> two of (B,K)"""
-    out = []
-    for side in (1, 2):
-        mine = (batch.branch == side)[..., None]
-        out.append((x.float() * mine).sum(1) / mine.sum(1))
-    return out
 
 
 # ---- features, without training --------------------------------------------------------------------

@@ -20,16 +20,13 @@ import torch
 from tqdm import tqdm
 
 import fsrl
-import simpo
 from experiments import lab
 from experiments.results import fill, markdown
 from experiments.sweep import train_all
 from instruments import layers
 from lib.files import ROOT, UserError, read_json, write_json
-from lib.pairs import read_held_out
 from lib.runs import finite
 from lib.settings import command, setting
-from lib.stats import number_equal
 from tiny import make, world
 
 DATA, RUNS = ROOT / "docs" / "planted.json", Path("runs/planted")
@@ -89,12 +86,8 @@ def probed(folder, settings):
     """-> what is kept of a plant"""
     torch.set_num_threads(1)
     run = fsrl.load_run(folder, policy=settings.get("policy"))
-    sides = [layers.Side(run.model), layers.Side(*run.policy.acting(run.model))]
-    records = read_held_out(run.config["pairs"], "test", PAIRS)
-    pairs, _ = simpo.encode_pairs(run.tokenizer, records)
-    judge = layers.judge_of(run.config["pairs"], run.tokenizer)
-    clusters = number_equal([judge.cluster(pair) for pair in pairs])
-    found = layers.measure(sides, pairs, clusters, layers.ALL, progress=False)
+    pairs, clusters = layers.held_out(run.config["pairs"], run.tokenizer, PAIRS)
+    found = layers.measure(layers.sides_of(run), pairs, clusters, layers.ALL, progress=False)
     return {"gain": found["gain"], "claimed": "rho" in found["patching"][0], "named": named(found)}
 
 

@@ -39,7 +39,7 @@ from lib.files import UserError
 from lib.judge import judge_of
 from lib.pairs import read_held_out
 from lib.sections import MACHINE, save
-from lib.settings import check, command, setting
+from lib.settings import check, choose_device, command, setting
 from lib.stats import FEWEST, leaves_out_zero, number_equal, ratio
 
 TITLE = "Where the change lives"
@@ -61,6 +61,16 @@ class Side:
     model: Gemma
     edits: dict = None
 
+    def how(self, batch):
+        """What Gemma.blocks wants to know besides the stream."""
+        where = batch.where(shared_positions(self.edits))
+        return {"position_ids": batch.position_ids, "mask": batch.mask(), "where": where,
+                "edits": self.edits}
+
+    def update(self, h, layer, how):
+        """What a block adds to the stream h, its edit included."""
+        return self.model.blocks(h, layer, layer + 1, **how) - h
+
     def forward(self, batch, visit, start=0, h=None):
         """All blocks from `start` on, whose input is h. -> the stream after the last (B,T,D)
 
@@ -73,13 +83,11 @@ class Side:
                 def hook(module, args, out, site=site, i=i):
                     return visit(site, i, out)
                 hooks.append(norm.register_forward_hook(hook))
-        how = {"position_ids": batch.position_ids, "mask": batch.mask(), "edits": self.edits}
-        how["where"] = batch.where(shared_positions(self.edits))
+        how = self.how(batch)
         try:
             h = model.embed(batch.ids) if h is None else h
             for i in range(start, len(model.layers)):
-                update = model.blocks(h, i, i + 1, **how) - h
-                h = visit("resid", i, h + visit("update", i, update))
+                h = visit("resid", i, h + visit("update", i, self.update(h, i, how)))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -143,8 +151,12 @@ def patched(receiver, own, donor, batch, patch, partner):
             value = x + shifted(change, *partner)
         return torch.where(where, x.lerp(value, patch.strength), x)
     first = min(patch.layers)
-    below = own["resid", first - 1] if first else None             # nothing changes there
-    return receiver.margins(batch, receiver.forward(batch, visit, first, below))
+    return receiver.margins(batch, receiver.forward(batch, visit, first, below(own, first)))
+
+
+def below(record, layer):
+    """The recorded input of a block, where nothing has changed yet; None: the embedding."""
+    return record["resid", layer - 1] if layer else None
 
 
 def another_pair(batch):
@@ -215,19 +227,23 @@ def hybrid(model, other, layer, part):
 @torch.no_grad()
 def weight_patching(sides, batches, margins):
     """-> {(way, part, layer): (P,)}, as of activations; {}: the policy changes no weights"""
-    models, out = [side.model for side in sides], {}
+    models = [side.model for side in sides]
     if models[0] is models[1]:
-        return out
+        return {}
+    mixed = {}
     for way, (to, of) in WAYS.items():
         for part in PARTS:
             for layer in range(len(models[0].layers)):
-                mixed = Side(hybrid(models[to], models[of], layer, part), sides[to].edits)
-                found = np.zeros(margins.shape[1])
-                for index, batch in batches:
-                    h = mixed.model.embed(batch.ids)
-                    h = mixed.forward(batch, lambda site, i, x: x, h=h)
-                    found[index] = mixed.margins(batch, h).numpy()
-                out[way, part, layer] = (found - margins[to]) * (1 if of else -1)
+                model = hybrid(models[to], models[of], layer, part)
+                mixed[way, part, layer] = Side(model, sides[to].edits)
+    out = {key: np.zeros(margins.shape[1]) for key in mixed}
+    for index, batch in batches:
+        records = [side.record(batch) for side in sides]
+        for key, side in mixed.items():
+            (to, of), layer = WAYS[key[0]], key[-1]
+            h = side.forward(batch, lambda site, i, x: x, layer, below(records[to], layer))
+            found = side.margins(batch, h).numpy()
+            out[key][index] = (found - margins[to][index]) * (1 if of else -1)
     return out
 
 
@@ -334,13 +350,28 @@ class Options:
             raise UserError(f"--only: {min(unknown)!r} is none of {', '.join(ALL)}")
 
 
+def sides_of(run):
+    """A run's base model and its policy."""
+    return [Side(run.model), Side(*run.policy.acting(run.model))]
+
+
+def held_out(source, tokenizer, limit):
+    """-> held-out pairs, and numbers (P,) that are equal for those that belong together"""
+    pairs, _ = simpo.encode_pairs(tokenizer, read_held_out(source, "test", limit))
+    judge = judge_of(source, tokenizer)
+    clusters = number_equal([judge.cluster(pair) for pair in pairs])
+    if len(set(clusters)) < FEWEST:
+        raise UserError(f"{source}: {len(set(clusters))} questions are too few; at least {FEWEST}")
+    return pairs, clusters
+
+
 def opened(o):
     """-> the two Sides, tokenizer, source of the pairs"""
     if o.run:
         run = fsrl.load_run(o.run, adapter=o.adapter, policy=o.policy, device=o.device)
-        sides = [Side(run.model), Side(*run.policy.acting(run.model))]
-        return sides, run.tokenizer, o.pairs or run.config["pairs"]
-    models = [load_gemma(source) for source in (o.base, o.tuned)]
+        return sides_of(run), run.tokenizer, o.pairs or run.config["pairs"]
+    device, dtype = choose_device(o.device, "float32")
+    models = [load_gemma(source, dtype=dtype, device=device) for source in (o.base, o.tuned)]
     words = [load_tokenizer(source) for source in (o.base, o.tuned)]
     if vars(models[0].config) != vars(models[1].config):
         raise UserError(f"{o.base} and {o.tuned} are of different shape: nothing can be exchanged")
@@ -352,11 +383,7 @@ def opened(o):
 def run(o):
     started = time.time()
     sides, tokenizer, source = opened(o)
-    pairs, _ = simpo.encode_pairs(tokenizer, read_held_out(source, "test", o.limit))
-    judge = judge_of(source, tokenizer)
-    clusters = number_equal([judge.cluster(pair) for pair in pairs])
-    if len(set(clusters)) < FEWEST:
-        raise UserError(f"{source}: {len(set(clusters))} questions are too few; at least {FEWEST}")
+    pairs, clusters = held_out(source, tokenizer, o.limit)
     result = measure(sides, pairs, clusters, o.only.split(","), not o.quiet)
     print(as_text(describe(result, None)))
     path = Path(o.run) / "analysis" / "layers.json" if o.run else Path(o.out)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from lib.blocks import Table, Text, number, percent
+from lib.counts import answer_means
 from lib.lasso import cross_validated, selected, standardised
 from lib.stats import ratio
 
@@ -25,24 +26,6 @@ def relative(new, old, tokens):
     """Mean over a row's tokens of ‖new - old‖ / ‖old‖.  (B,T,D), (B,T) -> (B,)"""
     far = (new - old).norm(dim=-1) / old.norm(dim=-1).clamp_min(1e-12)
     return (far * tokens).sum(1) / tokens.sum(1)
-
-
-def block_alone(side, batch, layer, h):
-    """What one block of a side adds to a given stream h (B,T,D)."""
-    found = {}
-
-    class Enough(Exception):
-        pass
-
-    def visit(site, i, x):
-        if site == "update":
-            found[site] = x
-            raise Enough
-        return x
-    try:
-        side.forward(batch, visit, layer, h)
-    except Enough:
-        return found["update"]
 
 
 @torch.no_grad()
@@ -57,16 +40,15 @@ def collected(sides, batches, half):
     means, seconds = np.zeros((2, count, D)), np.zeros((2, count, D, D))
     for index, batch in batches:
         base, tuned = (side.record(batch) for side in sides)
-        answer = (batch.branch > 0).float()
+        answer, how = (batch.branch > 0).float(), sides[1].how(batch)
+        below = sides[0].model.embed(batch.ids)
         for layer in range(count):
             u, v = base["update", layer], tuned["update", layer]
             h, g = base["resid", layer], tuned["resid", layer]
-            below = base["resid", layer - 1] if layer else sides[0].model.embed(batch.ids)
-            local = block_alone(sides[1], batch, layer, below)
+            local, below = sides[1].update(below, layer, how), h        # on the base model's stream
             for kind, new, old in (("distance", v, u), ("local", local, u), ("stream", g, h)):
                 out[kind][index, layer] = relative(new, old, answer).cpu().numpy()
-            sides_of = [(batch.branch == side).float()[..., None] for side in (1, 2)]
-            chosen, rejected = (((v - u) * w).sum(1) / w.sum(1) for w in sides_of)
+            chosen, rejected = answer_means(batch, v - u)
             differences[index, layer] = (chosen - rejected).cpu().double().numpy()
             weight = answer / answer.sum(1, keepdim=True)               # every pair counts alike
             for k, mine in enumerate((half[index], ~half[index])):
@@ -112,22 +94,20 @@ def spectrum(second):
 
 
 @torch.no_grad()
-def only_directions(sides, batches, layer, basis, tested, gain):
-    """Share of the gain of the pairs in `tested` (P,) when base ← tuned is patched along basis (D,k)."""
-    moved = np.zeros(len(gain))
+def only_directions(sides, batches, layer, bases, tested, gain):
+    """Shares of the gain of the pairs in `tested` (P,) when base ← tuned is patched along each basis
+    (D,k) of the stream after a layer. -> list"""
+    moved = np.zeros((len(bases), len(gain)))
+    side, last = sides[0], ("resid", len(sides[0].model.layers) - 1)
     for index, batch in batches:
-        base, tuned = (side.record(batch) for side in sides)
-        change = tuned["resid", layer] - base["resid", layer]
-        part = (change @ basis) @ basis.T
-        last = ("resid", len(sides[0].model.layers) - 1)
-
-        def visit(site, i, x):
-            return x + part if (site, i) == ("resid", layer) else x
-        start = base["resid", layer - 1] if layer else None
-        h = sides[0].forward(batch, visit, layer, start)
-        own = sides[0].margins(batch, base[last])
-        moved[index] = (sides[0].margins(batch, h) - own).numpy()
-    return float((moved * gain)[tested].sum() / np.square(gain[tested]).sum())
+        base, tuned = (s.record(batch) for s in sides)
+        h, own = base["resid", layer], side.margins(batch, base[last])
+        change = tuned["resid", layer] - h
+        for row, basis in zip(moved, bases):
+            patched = h + (change @ basis) @ basis.T
+            after = side.forward(batch, lambda site, i, x: x, layer + 1, patched)
+            row[index] = (side.margins(batch, after) - own).numpy()
+    return ((moved * gain)[:, tested].sum(1) / np.square(gain[tested]).sum()).tolist()
 
 
 def ranks(sides, batches, layer, second, gain, half):
@@ -137,19 +117,16 @@ def ranks(sides, batches, layer, second, gain, half):
     D = len(like)
     vectors = np.linalg.eigh(second)[1][:, ::-1].copy()
     basis = torch.tensor(vectors).to(like)
-    alone = [only_directions(sides, batches, layer, basis[:, k:k + 1], half, gain)
-             for k in range(min(max(RANKS), D))]
+    single = basis[:, :min(max(RANKS), D)].T[..., None]                  # one by one, each (D,1)
+    alone = only_directions(sides, batches, layer, single, half, gain)
     order = np.argsort(-np.array(alone))
     noise = torch.randn(D, D, generator=torch.Generator().manual_seed(0))
     random = torch.linalg.qr(noise)[0].to(like)
-    rows = []
-    for k in [k for k in RANKS if k <= D]:
-        row = {"k": k}
-        for name, B in (("size", basis[:, :k]), ("effect", basis[:, order[:k].copy()]),
-                        ("random", random[:, :k])):
-            row[name] = only_directions(sides, batches, layer, B, ~half, gain)
-        rows.append(row)
-    return rows
+    kinds = {"size": basis, "effect": basis[:, order.copy()], "random": random}
+    some = [k for k in RANKS if k <= D]
+    bases = [B[:, :k] for k in some for B in kinds.values()]
+    shares = iter(only_directions(sides, batches, layer, bases, ~half, gain))
+    return [{"k": k, **{name: next(shares) for name in kinds}} for k in some]
 
 
 # ---- what others would say ---------------------------------------------------------------------------

@@ -45,6 +45,16 @@ def widest(device):
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def answer_means(batch, x):
+    """Means of x (B,T,K) over the tokens of the chosen and of the rejected answers. -> two of (B,K)"""
+    out = []
+    for side in (1, 2):
+        mine = (batch.branch == side)[..., None]
+        wide = x.to(torch.promote_types(torch.float32, x.dtype))
+        out.append((wide * mine).sum(1) / mine.sum(1))
+    return out
+
+
 def spread_of(x):
     """Mean of the draws of a control, and the range of 95 in 100."""
     low, high = np.percentile(x, [2.5, 97.5])
