@@ -78,12 +78,21 @@ STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, 
          "legend.fontsize": 9}
 
 
-def panels(count, width, height, **how):
+def panels(count, width, height, rows=1, **how):
     from matplotlib import rcParams
     from matplotlib.figure import Figure
     rcParams.update(STYLE)
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, count, **how)
+    return figure, figure.subplots(rows, count, **how)
+
+
+def drawn(path, draw, *data):
+    """Saves draw(*data); without matplotlib, which is an extra, there is no figure.
+    Without a version in it the same numbers make the same file."""
+    if not find_spec("matplotlib"):
+        print("no figure: it needs matplotlib (pip install -r requirements-extra.txt)")
+        return
+    draw(*data).savefig(path, metadata={"Software": None})
 
 
 def dashed(axis, y, text):
@@ -188,11 +197,10 @@ def run(config):
         raise UserError("matplotlib is missing: pip install -r requirements-extra.txt")
     if config.run:
         write_json(DATA, gather(Path(config.run)), indent=1)
+    drawn(DOCS / "style.png", draw_style, read_json(DATA))
     r = results.Results(read_json(results.DATA))
-    drawn = {"style": draw_style(read_json(DATA)), "choices": draw_choices(r),
-             "frontier": draw_frontier(r), "l1": draw_l1(r)}
-    for name, figure in drawn.items():      # without a version the same numbers make the same file
-        figure.savefig(DOCS / f"{name}.png", metadata={"Software": None})
+    for name, draw in {"choices": draw_choices, "frontier": draw_frontier, "l1": draw_l1}.items():
+        drawn(DOCS / f"{name}.png", draw, r)
     results.fill(blocks())
 
 

@@ -20,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,23 +29,23 @@ from tqdm import tqdm
 import fsrl
 import simpo
 from experiments import lab
-from experiments.results import fill, markdown
+from experiments.figures import drawn, panels
+from experiments.results import REWARDED, fill, markdown, spread
 from experiments.sweep import SAES, saes_in, train_all
-from gemma import encode_prompt, generate, load_gemma, load_tokenizer
+from gemma import load_gemma, load_tokenizer
 from instruments.health import drift
 from lib.blocks import number
 from lib.files import ROOT, UserError, read_json, write_json
 from lib.judge import judge_of
 from lib.pairs import read_pairs
 from lib.settings import command, setting
-from tiny import world
+from train import trainable
 
 DATA = ROOT / "docs" / "policies.json"
 RUNS = Path("runs/frontier")
 OWN = "experiments/baselines.py:"
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 WEAKER = 0.03              # a trial whose answers are less often well-formed by this is not chosen
-REWARDED = [c for c in world.STYLE if world.WORLDS["style"][c] > 0]
 
 
 def sae_of(layer, folder=SAES):
@@ -72,10 +72,9 @@ def own(name, argument, values, **choices):
 def policies():
     """{name: four trials}"""
     steering = {"lr": (2e-3, 5e-3), "l1": (0.01, 0.03)}
-    random = lab.random_dictionary(lab.RUNS / "random_dictionary" / "layer_3")
     out = {"FSRL": trials({}, **steering)}
     out["FSRL, two layers"] = trials({"sae": [sae_of(2), sae_of(4)]}, **steering)
-    out["FSRL, random directions"] = trials({"sae": random}, **steering)
+    out["FSRL, random directions"] = trials({"sae": lab.random_dictionary()}, **steering)
     out["FSRL, frozen decoder"] = trials({"sae": sae_of(3, SAES.parent / "saes_frozen")}, **steering)
     out["Constant"] = own("Constant", "layer", (2, 3), lr=(2e-3, 1e-2))
     out["LoRA"] = own("LoRA", "rank", (2, 8), lr=(5e-4, 2e-3))
@@ -92,11 +91,7 @@ def measured(model, tokenizer, policy=None):
     judge = judge_of("tiny/pairs/style", tokenizer)
     pairs, _ = simpo.encode_pairs(tokenizer, read_pairs("tiny/pairs/style", "test", 1000))
     m = simpo.evaluate(model, pairs, policy)
-    acting, edits = policy.acting(model) if policy else (model, None)
-    texts = [q.text for questions in world.split("test").values() for q in questions]
-    prompts = [encode_prompt(tokenizer, text) for text in texts]
-    ids = generate(acting, prompts, max_new_tokens=64, edits=edits, temperature=1.0)
-    rates = judge.rates(texts, ids)
+    rates = lab.rates_of_answers(model, tokenizer, policy, judge, 1)
     out = {name: m[name] for name in ("loss", "accuracy", "margin", "l0")}
     out |= {"well-formed": rates["parse"], "truth": rates["truth"]}
     out["rewarded"] = mean(rates[c] for c in REWARDED)
@@ -106,12 +101,12 @@ def measured(model, tokenizer, policy=None):
 def cost(model, tokenizer, policy):
     """Trainable numbers, and FLOPs of a step of 32 pairs: forward, backward, the frozen blocks too."""
     pairs, _ = simpo.encode_pairs(tokenizer, read_pairs("tiny/pairs/style", "train", 32))
-    trainable = [p for p in policy.parameters() if p.requires_grad]
+    parameters = trainable(policy)
     with FlopCounterMode(display=False) as counter:
         s = simpo.score(model, simpo.collate(pairs), policy)
-        if trainable:
+        if parameters:
             (s.chosen.mean - s.rejected.mean).sum().backward()
-    return {"trainable": sum(p.numel() for p in trainable), "flops": counter.get_total_flops()}
+    return {"trainable": sum(p.numel() for p in parameters), "flops": counter.get_total_flops()}
 
 
 def curve(folder, spec):
@@ -211,9 +206,7 @@ def blocks():
     for name, policy in data["policies"].items():
         cells = []
         for column, form in COLUMNS.items():
-            values = at(data, name, 1.0, column)
-            spread = f" ± {number(stdev(values), form)}" if len(values) > 1 else ""
-            cells.append(number(mean(values), form) + spread)
+            cells.append(spread(at(data, name, 1.0, column), form))
         first = next(iter(policy["curves"].values()))
         size, flops = first["cost"]["trainable"], first["cost"]["flops"] / 1e9
         rows.append([name, *cells, f"{size:,}", f"{flops:.1f}"])
@@ -222,18 +215,12 @@ def blocks():
     return {"policies": markdown(head, rows) + f"\n\n({data['made']}.)\n"}
 
 
-def draw(data, path):
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        print("no figure: it needs matplotlib (pip install -r requirements-extra.txt)")
-        return
+def draw(data):
+    """Rows: preference; columns: damage; a curve a policy."""
     base = data["base"]
     gained = {"margin gained, nats a token": "margin", "accuracy": "accuracy"}
     damage = {"KL on neutral text": "kl", "well-formed answers": "well-formed", "truth": "truth"}
-    figure, axes = pyplot.subplots(2, 3, figsize=(12, 7), layout="constrained", sharey="row")
+    figure, axes = panels(3, 12, 7, rows=2, sharey="row")
     for (title, y), row in zip(gained.items(), axes):
         for (words, x), axis in zip(damage.items(), row):
             less = base["margin"] if y == "margin" else 0
@@ -251,9 +238,9 @@ def draw(data, path):
                 axis.set_xscale("symlog", linthresh=0.01)
             else:
                 axis.invert_xaxis()
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5,
-                  frameon=False)
-    figure.savefig(path, dpi=110)
+    lines = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=5)
+    return figure
 
 
 @dataclass
@@ -268,7 +255,7 @@ def run(config):
     if "base" not in kept():
         raise UserError(f"{DATA} has no policies yet; run this without --table")
     fill(blocks())
-    draw(kept(), ROOT / "docs" / "policies.png")
+    drawn(ROOT / "docs" / "policies.png", draw, kept())
     print(blocks()["policies"])
 
 

@@ -18,6 +18,7 @@ from instruments.health import drift
 from lib.files import ROOT, json_lines
 from lib.judge import judge_of
 from lib.pairs import read_pairs
+from lib.runs import evaluations
 from sae import load_sae, save_sae
 from tiny import make, world
 from tiny.judge import choice_rates
@@ -35,31 +36,36 @@ def measured(model, tokenizer, policy=None):
     drift           KL from the base model on neutral text, nats a token
     """
     out, judge = {}, judge_of("tiny/pairs/style", tokenizer)
-    acting, edits = policy.acting(model) if policy else (model, None)
     for name in world.WORLDS:
         pairs, _ = simpo.encode_pairs(tokenizer, read_pairs(f"tiny/pairs/{name}", "test", 1000))
         out[name] = simpo.evaluate(model, pairs, policy)
         if name == "style":
             out["exact"] = choice_rates(model, tokenizer, pairs, policy)
-    texts = 2 * [q.text for questions in world.split("test").values() for q in questions]
-    prompts = [encode_prompt(tokenizer, text) for text in texts]
-    ids = generate(acting, prompts, max_new_tokens=64, edits=edits, temperature=1.0)
-    out["answers"] = judge.rates(texts, ids) | {"count": len(texts)}
+    out["answers"] = rates_of_answers(model, tokenizer, policy, judge, 2)
     out["drift"] = drift(model, tokenizer, policy, judge.neutral(64)) if policy else 0.0
     return out
 
 
+def rates_of_answers(model, tokenizer, policy, judge, times):
+    """Rates in answers sampled at T=1 to all 1000 test questions, so many times each."""
+    acting, edits = policy.acting(model) if policy else (model, None)
+    texts = times * [q.text for questions in world.split("test").values() for q in questions]
+    prompts = [encode_prompt(tokenizer, text) for text in texts]
+    ids = generate(acting, prompts, max_new_tokens=64, edits=edits, temperature=1.0)
+    return judge.rates(texts, ids) | {"count": len(texts)}
+
+
 def finished(run):
     """Whether runs/results/ holds the adapter, trained to the end."""
-    path = RUNS / run / "metrics.jsonl"
-    return path.exists() and '"trained"' in path.read_text(encoding="utf-8")
+    return "trained" in evaluations(RUNS / run)
 
 
-def random_dictionary(folder):
+def random_dictionary():
     """The lab's SAE with random directions of length 1: additive fusion reads nothing else of it.
 
     Their seed is not 0: the SAE's own directions began as that draw and are like it (cosines to .87).
     """
+    folder = RUNS / "random_dictionary" / "layer_3"
     if not (folder / "params.npz").exists():
         sae, g = load_sae("tiny/sae"), torch.Generator().manual_seed(2026)
         sae.W_dec.copy_(normalize(torch.randn(sae.W_dec.shape, generator=g), dim=-1))
@@ -67,16 +73,26 @@ def random_dictionary(folder):
     return str(folder)
 
 
+def coins(seed):
+    """Pairs whose order says nothing. -> their folder"""
+    weights = dict.fromkeys(world.CHOICES, 0.0)
+    return make.make_pairs(RUNS / f"coins-{seed}", "null", weights, f" null {seed}")
+
+
 def trained(run, settings):
     """Trains one policy into runs/results/RUN, anew. -> that folder"""
-    settings, seed = dict(settings), settings["seed"]
+    settings = dict(settings)
     if settings["pairs"] == COINS:
-        weights = dict.fromkeys(world.CHOICES, 0.0)
-        settings["pairs"] = make.make_pairs(RUNS / f"coins-{seed}", "null", weights, f" null {seed}")
+        settings["pairs"] = coins(settings["seed"])
     if settings["sae"] == RANDOM:
-        settings["sae"] = random_dictionary(RUNS / "random_dictionary" / "layer_3")
-    shutil.rmtree(RUNS / run, ignore_errors=True)
-    config = train.TrainConfig(**settings, runs=str(RUNS), run=run, threads=1, eval_pairs=2)
+        settings["sae"] = random_dictionary()
+    return quietly(RUNS / run, settings, threads=1, eval_pairs=2)
+
+
+def quietly(folder, settings, **how):
+    """Trains into a folder, anew, and prints nothing. -> the folder"""
+    shutil.rmtree(folder, ignore_errors=True)
+    config = train.TrainConfig(**settings, runs=str(folder.parent), run=folder.name, **how)
     nowhere = io.StringIO()
     with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         return train.train(config)["run"]

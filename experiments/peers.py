@@ -8,12 +8,10 @@ takes seven minutes on one core.
 
     python -m experiments.peers             # into docs/policies.json
 """
-import json
 import sys
 import time
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,6 +23,7 @@ from experiments.baselines import Full
 from gemma import encode_answer, encode_prompt, load_gemma, load_tokenizer
 from lib.files import UserError, write_json
 from lib.pairs import read_pairs
+from lib.runs import metrics
 from lib.settings import command, setting
 
 MODEL, PAIRS = "tiny/model", "tiny/pairs/style"
@@ -86,9 +85,8 @@ def train_trl(alpha, config):
 def our_step(settings, steps=100):
     """Seconds a step of train.py, without what it measures before and after."""
     config = train.TrainConfig(**settings, steps=steps, eval_pairs=2, runs=str(frontier.RUNS / "timing"))
-    folder = Path(train.train(config)["run"])
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rate = [row["tokens_per_s"] for row in map(json.loads, lines) if "tokens_per_s" in row]
+    folder = train.train(config)["run"]
+    rate = [row["tokens_per_s"] for row in metrics(folder) if "tokens_per_s" in row]
     pairs, _ = simpo.encode_pairs(load_tokenizer(MODEL), read_pairs(PAIRS, "train"))
     return 32 * sum(map(simpo.tokens, pairs)) / len(pairs) / rate[-1]
 

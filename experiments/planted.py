@@ -27,7 +27,6 @@ from instruments import layers
 from lib.files import ROOT, UserError, read_json, write_json
 from lib.runs import finite
 from lib.settings import command, setting
-from tiny import make, world
 
 DATA, RUNS = ROOT / "docs" / "planted.json", Path("runs/planted")
 LORA = "experiments/baselines.py:LoRA"
@@ -40,12 +39,9 @@ def plants():
     def lora(blocks, **how):
         arguments = ["rank=4", f"blocks={blocks}"]
         return {"policy": LORA, "policy_args": arguments, "lr": 2e-3, "steps": 400, **how}
-    weights = dict.fromkeys(world.CHOICES, 0.0)
-    coins = Path("runs/results/coins-0/pairs/null")
-    if not coins.is_dir():
-        make.make_pairs(lab.RUNS / "coins-0", "null", weights, " null 0")
     out = {f"block {k}": (lora(k), [k]) for k in range(BLOCKS)}
-    out |= {f"block {k}, coins": (lora(k, pairs=str(coins)), [k]) for k in (1, 4)}
+    coins = lab.coins(0)
+    out |= {f"block {k}, coins": (lora(k, pairs=coins), [k]) for k in (1, 4)}
     out["blocks 1 and 4"] = lora("1,4"), [1, 4]
     out["all blocks"] = lora("all"), list(range(BLOCKS))
     out["steering at 3"] = {"steps": 400}, [3]

@@ -65,9 +65,10 @@ GROUPS = {"main": (MAIN, 5), "controls": (CONTROLS, 3), "dictionary": (DICTIONAR
 EXPERIMENTS = {name: how for group, _ in GROUPS.values() for name, how in group.items()}
 SEEDS = {name: count for group, count in GROUPS.values() for name in group}
 
-# Settings of train.py that do not decide what comes out.
-UNDECIDING = ("run", "runs", "device", "dtype", "threads", "log_every", "save_every", "keep_prefix",
-              "eval_split", "eval_pairs")
+# Settings of train.py that do not decide what comes out: where it runs, what is measured at the end.
+WHEREVER = ("run", "runs", "resume", "device", "dtype", "threads", "log_every", "save_every",
+            "keep_prefix")
+UNDECIDING = (*WHEREVER, "eval_split", "eval_pairs")
 
 
 def settings(name, seed):

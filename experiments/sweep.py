@@ -8,27 +8,22 @@ Stage 1 trains one adapter at each layer that has an SAE, stage 2 every value of
 lowest loss, the jumprelu adapter beside the usual one. All choices are made on `dev`. What is finished
 is kept, so a sweep can be stopped and started again.
 """
-import contextlib
-import io
-import json
-import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import train
-from experiments.results import fill, markdown
+from experiments.figures import drawn, panels
+from experiments.lab import quietly
+from experiments.results import FASTER, WHEREVER, fill, markdown
 from lib.blocks import number
 from lib.files import ROOT, UserError, read_json, write_json
+from lib.runs import evaluations
 from lib.settings import check, command, key_values, setting
 from sae import load_sae
 from train import TrainConfig
 
 SAES = ROOT / "runs" / "saes"
-WHEREVER = ("run", "runs", "resume", "device", "dtype", "threads", "log_every", "save_every",
-            "keep_prefix")
-JUMPRELU = {"activation": "jumprelu", "init": 1e-4, "threshold_lr": 30.0}
 COLUMNS = {"loss": ".3f", "accuracy": ".3f", "margin": ".3f", "l0": ".1f", "parse_sampled": ".3f"}
 
 
@@ -48,18 +43,12 @@ def outcome(folder, settings):
         if name not in WHEREVER and config.get(name) != value:
             raise UserError(f"{folder} is of other settings ({name} is {config.get(name)!r}, now "
                             f"{value!r}); name another folder, or remove it")
-    metrics = folder / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-    rows = {row["evaluation"]: row for row in map(json.loads, lines) if "evaluation" in row}
+    rows = evaluations(folder)
     return rows if "trained" in rows else None
 
 
 def train_one(folder, settings, threads=0):
-    shutil.rmtree(folder, ignore_errors=True)             # what a stopped one left
-    config = TrainConfig(**settings, runs=str(folder.parent), run=folder.name, threads=threads)
-    silence = io.StringIO()
-    with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-        train.train(config)
+    quietly(folder, settings, threads=threads)
     return outcome(folder, settings)
 
 
@@ -110,7 +99,7 @@ def sweep(config):
         for value in values if isinstance(values, tuple) else [values]:
             over[f"{name}_{value}"] = {name: value}
             if name == "l1":
-                over[f"jumprelu_{name}_{value}"] = {**JUMPRELU, name: value}
+                over[f"jumprelu_{name}_{value}"] = {**FASTER, name: value}
     for how in over.values():
         TrainConfig(**{**fixed, **how})                   # mistakes first
     sources = config.saes or saes_in(SAES)
@@ -155,16 +144,9 @@ def table(stages):
     return markdown([*head, "well-formed, T=1"], rows)
 
 
-def draw(stages, path):
+def draw(stages):
     """Loss against layer, and against L0."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        print("no figure: it needs matplotlib (pip install -r requirements-extra.txt)")
-        return
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure, (left, right) = panels(2, 9, 3.4)
     one, two = stages.values()
     layers = [int(name.removeprefix("layer_")) for name in one]
     losses, errors = ([row[x] for row in one.values()] for x in ("loss", "loss_se"))
@@ -175,8 +157,8 @@ def draw(stages, path):
                       if name.rpartition("_")[0] == kind)
         right.plot(*zip(*some), "o-", label=kind.replace("_", ", "))
     right.set(xlabel="L0, features a token", xscale="log", title="Stage 2: how sparse")
-    right.legend(frameon=False)
-    figure.savefig(path, dpi=110)
+    right.legend()
+    return figure
 
 
 def run(config):
@@ -184,7 +166,7 @@ def run(config):
     print(table(found["stages"]))
     folder = ROOT / "docs" if config.docs else Path(config.folder)
     write_json(folder / "sweep.json", found, indent=1)
-    draw(found["stages"], folder / "sweep.png")
+    drawn(folder / "sweep.png", draw, found["stages"])
     if config.docs:
         fill({"sweep": f"{table(found['stages'])}\n"})
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lib.files import UserError, explained, json_lines, short_digest, write_text
+from lib.files import UserError, explained, json_lines, short_digest, whole_lines, write_text
 from lib.labels import LABELS, sae_folder
 
 CRITERIA = {
@@ -108,8 +108,7 @@ def judge_labels(explanations, judge, raw_path):
     """
     raw, rows = Path(raw_path), []
     if raw.exists():
-        lines = raw.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_text(raw, "".join(line for line in lines if line.endswith("\n")))     # a crash may cut one
+        write_text(raw, "".join(whole_lines(raw)))
     kept = [row for _, row in json_lines(raw)] if raw.exists() else []
     mine = [row for row in kept if row.get("judge") == judge.name and "answer" in row]
     answers = {row["prompt"]: row["answer"] for row in mine}

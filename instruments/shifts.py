@@ -15,7 +15,7 @@ import torch
 
 from lib.blocks import Table, Text, number, percent
 from lib.counts import answer_means
-from lib.lasso import cross_validated, selected, standardised
+from lib.lasso import cross_validated, selected
 from lib.stats import ratio
 
 KINDS = ("distance", "local", "stream", "signed")

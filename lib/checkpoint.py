@@ -2,7 +2,8 @@
 
 RUN/checkpoint/ holds the two newest, each a step-N.safetensors (what is trained, the optimiser's state,
 the random numbers' state, the numbers since the last line of the log) and a step-N.json with its digest.
-The order of the pairs and the learning rate follow from the step. A lock there dies with its process.
+The order of the pairs and the learning rate follow from the step; what never changes of a pair, and so
+is computed once (`kept_rows`), is computed again. A lock there dies with its process.
 """
 import hashlib
 import os
@@ -16,8 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 
-from lib.files import UserError, atomically, explained, json_lines, read_json, write_json
+from lib.files import UserError, atomically, explained, read_json, write_json
 from lib.plugins import run_config
+from lib.runs import evaluations
 
 try:
     import fcntl
@@ -55,11 +57,9 @@ def resumed(config):
             given[name] = value
     old = {f.name: then[f.name] for f in fields(config) if f.name in then}
     config = replace(config, **{**old, **given, "resume": str(folder)})
-    metrics = folder / "metrics.jsonl"
-    ends = [row["step"] for _, row in (json_lines(metrics) if metrics.is_file() else ())
-            if row.get("evaluation") == "trained"]
-    if ends and ends[-1] >= config.steps:
-        raise UserError(f"{folder} is finished, after {ends[-1]} steps; a larger --steps goes on")
+    trained = evaluations(folder).get("trained", {"step": -1})
+    if trained["step"] >= config.steps:
+        raise UserError(f"{folder} is finished, after {trained['step']} steps; a larger --steps goes on")
     return config
 
 

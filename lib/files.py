@@ -83,6 +83,14 @@ def json_lines(path):
         yield where, found
 
 
+def whole_lines(path):
+    """The lines of a file that is written line by line, without one that a kill has cut; [] if there is
+    no file."""
+    path = Path(path)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [line for line in lines if line.endswith("\n")]
+
+
 def short_digest(*parts):
     """16 hexadecimal digits that name these bytes (or texts)."""
     digest = hashlib.sha256()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lib.files import UserError, explained, source_of, write_json, write_text
+from lib.files import UserError, explained, source_of, whole_lines, write_json, write_text
 from lib.plugins import SOURCE, run_config
 
 
@@ -63,18 +63,25 @@ def start_folder(config, model, policy, **digests):
     return folder
 
 
+def metrics(folder):
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in whole_lines(Path(folder) / "metrics.jsonl")]
+
+
+def evaluations(folder):
+    """{"base": row, "trained": row} of these, as far as the run has come."""
+    return {row["evaluation"]: row for row in metrics(folder) if "evaluation" in row}
+
+
 class Log:
     """metrics.jsonl: one row a log step, one an evaluation. A run that goes on after `start` steps loses
     the rows of later ones, which come again. first: the row that a new one begins with."""
 
     def __init__(self, folder, start=0, **first):
-        self.path, rows = Path(folder) / "metrics.jsonl", []
-        if self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            rows = [line for line in lines if line.endswith("\n")]                # a kill may cut one
-            rows = [line for line in rows if json.loads(line)["step"] <= start]
-            rows = [line for line in rows if json.loads(line).get("evaluation") != "trained"]
-        write_text(self.path, "".join(rows))
+        self.path = Path(folder) / "metrics.jsonl"
+        rows = [row for row in metrics(folder) if row["step"] <= start]
+        rows = [row for row in rows if row.get("evaluation") != "trained"]
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         if first and not rows:
             self(**first)
 

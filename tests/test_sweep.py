@@ -98,7 +98,7 @@ def test_table_and_figure_of_the_policies(tmp_path, monkeypatch):
     lines = frontier.blocks()["policies"].splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:5]] == ["base", "LoRA", "Full"] and lines[-1] == "(today.)"
     assert "| 1.500 ± 0.707 |" in lines[3] and "| 1,234 | 5.0 |" in lines[3] and "| 1.000 |" in lines[4]
-    frontier.draw(read_json(frontier.DATA), tmp_path / "policies.png")
+    frontier.drawn(tmp_path / "policies.png", frontier.draw, read_json(frontier.DATA))
     assert (tmp_path / "policies.png").stat().st_size > 10_000
 
 
