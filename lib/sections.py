@@ -72,7 +72,7 @@ def results(folder, sections, wanted, identity, options, m):
             noted, started = Noted(options), time.time()
             result = section.measure(m, noted, *(file["result"] for file in given))
             made = {"section": name, "made_from": digest(made_of, noted._read), "options": noted._read}
-            made |= {"seconds": round(time.time() - started, 1), "date": time.strftime("%Y-%m-%d")}
+            made |= {"seconds": round(time.time() - started, 3), "date": time.strftime("%Y-%m-%d")}
             files[name] = save(path, made | {"machine": MACHINE, "result": result})
     return {name: file["result"] for name, file in files.items()}
 
